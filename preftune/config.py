@@ -1,0 +1,759 @@
+"""Every option of every verb: frozen dataclasses whose fields are the command line, the YAML file and the documentation.
+
+A field's metadata is its `--help` text, group, bounds and choices. `cli` builds the parser from these; a run writes its resolved
+copy (`resolved_yaml`) to `config.yaml`. Values only: no code, no tags, no URLs, no environment. Numbers are checked when the object
+is made; contradictions and missing options when a command line is read (`build`). Touches the YAML file, the text of losses/*.py and
+nothing heavy.
+
+    >>> parse_loss("sigmoid+0.1*nll")
+    [(1.0, 'sigmoid'), (0.1, 'nll')]
+    >>> Dpo(beta=-1)
+    Traceback (most recent call last):
+    preftune.errors.UsageError: beta must be a number above 0, not -1
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from .errors import DataError, ModelError, UsageError, nearest
+
+DEVICE = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
+REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*", "lexicon:FILE or python:FILE.py:FUNCTION")
+GROUPS = {
+    "main": "options", "data": "data and tokens", "training": "training", "evidence": "evidence while training",
+    "keeping": "what is kept", "machine": "machine and network",
+}  # fmt: skip
+
+
+def option(default: Any, text: str, *, group: str = "main", choices: tuple[str, ...] | None = None, low: float | None = None,
+           high: float | None = None, open_low: bool = False, open_high: bool = False, shows: str | None = None, required: bool = False,
+           positional: bool = False, reads: str | None = None, pattern: tuple[str, str] | None = None) -> Any:  # fmt: skip
+    """A dataclass field that carries its own documentation and bounds (inclusive unless `open_*`).
+
+    Args:
+        choices: the only texts; for a `float | str` field the words allowed beside numbers.
+        shows: what `--help` calls the value. positional: may also stand without its flag.
+        reads: 'data' for files that must be there, 'model' for a folder or a hub name. pattern: (regular expression, what it asks for).
+    """
+    meta = {"help": text, "group": group, "choices": choices, "low": low, "high": high, "open_low": open_low, "open_high": open_high,
+            "shows": shows, "required": required, "positional": positional, "reads": reads, "pattern": pattern}  # fmt: skip
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+class Options:
+    """What all options share: a value of the wrong type or out of bounds makes no object. EXAMPLE is a command that works."""
+
+    EXAMPLE = ""
+
+    def __post_init__(self) -> None:
+        for spec in specs(type(self)):
+            check(spec, getattr(self, spec.name), spec.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online(Options):
+    """Whether a verb may use the network."""
+
+    offline: bool = option(False, "never touch the network", group="machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Online):
+    """Where a verb runs."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="machine", shows="DEVICE", pattern=DEVICE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording(Options):
+    """How text becomes tokens."""
+
+    bos: str = option("auto", "put BOS before the prompt; auto: where the tokeniser has one that is not its EOS", group="data", choices=("auto", "always", "never"))
+    template: str = option("auto", "chat template for messages: auto (the tokeniser's, else plain), plain, or a Jinja file", group="data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts(Wording, Machine):
+    """A verb that runs a model on text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing(Texts):
+    """How a pass over many records is computed."""
+
+    max_records: int | None = option(None, "read at most this many records", group="data", low=1)
+    dtype: str = option("fp32", "number format of the forward pass; when training, bf16 keeps an fp32 master copy", group="machine", choices=("fp32", "bf16"))
+    threads: int | None = option(None, "CPU threads. Default: 1 for models under a million parameters, else all cores", group="machine", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Computing):
+    """How preference files are read and packed."""
+
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    finish: str = option("auto", "whether a response ends with EOS where the data does not say", group="data", choices=("auto", "always", "never"))
+    max_length: int | None = option(None, "longest record in tokens; longer ones are left out and counted. Default: the model's window", group="data", low=2)
+    skip_bad: bool = option(False, "count and list unusable rows instead of stopping", group="data")
+    micro_tokens: int = option(8192, "tokens in one forward pass; cuts a step, never changes it", group="machine", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Judged):
+    """What every verb that trains on files takes."""
+
+    model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
+    data: list[str] = option([], "preference file(s): JSONL or JSON, plain or gzip; any known layout", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "run folder to make; must be empty or absent", shows="FOLDER", required=True)
+    lr: float | str = option("auto", "peak learning rate, or 'auto': from the table in docs/learning-rate.md", low=0, open_low=True, choices=("auto",))
+    epochs: float = option(1.0, "passes over the training records", low=0, open_low=True)
+    batch_size: int = option(32, "records per optimiser step", low=1)
+    seed: int = option(0, "seed of order, split, initialisation and sampling", low=0)
+    resume: str | None = option(None, "continue this run folder; needs nothing else", shows="RUN")
+    # data
+    eval_data: list[str] = option([], "held-out preference file(s) instead of a split", group="data", shows="FILE", reads="data")
+    holdout: float = option(0.1, "share of prompts held out when no --eval-data is given", group="data", low=0, high=0.9)
+    from_scores: str | None = option(None, "make judgements of scores where nothing else is judged: best-worst, or all pairs of unequal scores", group="data", choices=("best-worst", "all"))
+    allow: list[str] = option([], "train although the audit found these: equal, contradicting, leak", group="data", choices=("equal", "contradicting", "leak"))
+    # training
+    lora: int = option(0, "LoRA rank; 0 trains all weights", group="training", low=0, shows="RANK")
+    lora_alpha: float | None = option(None, "LoRA scale numerator. Default: twice the rank", group="training", low=0, open_low=True)
+    lora_targets: str = option("all-linear", "modules that get LoRA: all-linear or comma-separated name endings", group="training", shows="NAMES")
+    max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
+    schedule: str = option("linear", "learning rate after warm-up", group="training", choices=("linear", "cosine", "constant"))
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", group="training", low=0, high=1)
+    weight_decay: float = option(0.0, "AdamW weight decay", group="training", low=0)
+    adam_beta1: float = option(0.9, "AdamW: decay of the mean of gradients", group="training", low=0, high=1, open_high=True)
+    adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients", group="training", low=0, high=1, open_high=True)
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip", group="training", low=0)
+    gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, more time", group="training")
+    # evidence
+    eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run", group="evidence", low=1)
+    eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE or python:FILE.py:FUNCTION", group="evidence", shows="RULE", pattern=REWARD)
+    eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=0)
+    sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
+    eval_samples: int = option(1, "samples per prompt", group="evidence", low=1)
+    # keeping
+    save_every: int | None = option(None, "steps between checkpoints. Default: at every evaluation", group="keeping", low=1)
+    keep: int = option(2, "checkpoints kept", group="keeping", low=1)
+    report: bool = option(True, "write report.html at the end", group="keeping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo(Training):
+    """Tune a model on preferences: the whole offline family; --loss picks."""
+
+    EXAMPLE = "preftune dpo --model MODEL --data pairs.jsonl --output runs/first"
+    loss: str = option("sigmoid", "a loss, or a weighted sum such as sigmoid+0.1*nll; 'preftune dpo --help-losses' lists them")
+    beta: float | None = option(None, "KL weight: multiplies the log-ratio; short for --loss.beta. Default: the loss's own", low=0, open_low=True)
+    loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.gamma 0.5; an argument that it does not take is an error", group="training")
+    label_smoothing: float = option(0.0, "e: labels become (1-e) p + e (1-p) (cDPO)", group="training", low=0, high=0.5, open_high=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    """Fine-tune a model on answers; with --preferred on the preferred answers of preference data."""
+
+    EXAMPLE = "preftune sft --model MODEL --data pairs.jsonl --preferred --output runs/sft"
+    preferred: bool = option(False, "train on the answers that judgements or labels prefer, not on all (Preferred-FT)", group="data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprobs(Judged):
+    """Log-probabilities of the responses in a data file, one line per response."""
+
+    EXAMPLE = "preftune logprobs --model MODEL --data pairs.jsonl --output logprobs.jsonl"
+    model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
+    data: list[str] = option([], "file(s) with prompts and responses; any known layout", shows="FILE", required=True, reads="data")
+    output: str = option("-", "JSONL file to write, or - for the screen", shows="FILE.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Computing):
+    """Responses of a model to prompts, as canonical records."""
+
+    EXAMPLE = "preftune sample --model MODEL --data prompts.txt --output samples.jsonl"
+    model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
+    data: list[str] = option([], "prompts: one per line (.txt), JSONL with \"prompt\", or any known layout", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "JSONL file to write", shows="FILE.jsonl", required=True)
+    k: int = option(1, "samples per prompt", low=1)
+    sample_tokens: int = option(256, "longest response in tokens", low=1)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", low=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability; 1: among all", low=0, high=1, open_low=True)
+    seed: int = option(0, "seed of the sampling", low=0)
+    batch_size: int = option(16, "rows at once", low=1)
+    reference: str | None = option(None, "also estimate each sample's KL from this model (Rao-Blackwell)", shows="MODEL", reads="model")
+    reward: str | None = option(None, "score the samples: lexicon:FILE or python:FILE.py:FUNCTION", shows="RULE", pattern=REWARD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Texts):
+    """Talk to a model, or to two side by side."""
+
+    EXAMPLE = "preftune chat runs/first MODEL --votes votes.jsonl"
+    model: list[str] = option([], "one model or two: model folder, run folder or hub name", required=True, positional=True, reads="model")
+    sample_tokens: int = option(256, "longest answer in tokens", low=1)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", low=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability; 1: among all", low=0, high=1, open_low=True)
+    seed: int = option(0, "seed of the sampling", low=0)
+    votes: str | None = option(None, "append your votes between two models to this file, as records for 'preftune dpo'", shows="FILE.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Options):
+    """One self-contained HTML page from a run folder; opens offline."""
+
+    EXAMPLE = "preftune report runs/first"
+    run: str | None = option(None, "run folder to read", required=True, positional=True)
+    output: str | None = option(None, "file to write. Default: report.html in the run folder", shows="FILE.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Options):
+    """The whole pipeline on a tiny model and corpus made here: CPU, offline, minutes; ends with a report."""
+
+    EXAMPLE = "preftune demo"
+    output: str = option("runs/demo", "run folder to make; must be empty or absent", shows="FOLDER")
+    seed: int = option(0, "seed of everything", low=0)
+    language: str = option("en", "language of the corpus", choices=("en", "zh"))
+    break_: bool = option(False, "train on bad settings, to see what the report says of a spoilt run")
+    threads: int | None = option(None, "CPU threads. Default: 1", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck(Wording, Online):
+    """What is wrong with preference files, with file:line; with --model also what their tokens say. Exit code 3 where there are problems."""
+
+    EXAMPLE = "preftune data check pairs.jsonl"
+    data: list[str] = option([], "file(s) to read; any known layout and kind", shows="FILE", required=True, positional=True, reads="data")
+    eval_data: list[str] = option([], "held-out file(s): prompts that stand on both sides are problems", shows="FILE", reads="data")
+    model: str | None = option(None, "also look at tokens: lengths, what does not fit, how ids were found. Model folder or hub name", reads="model")
+    json: bool = option(False, "every finding with every file:line as JSON")
+    strict: bool = option(False, "warnings are problems too")
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    max_records: int | None = option(None, "read at most this many records", group="data", low=1)
+    max_length: int | None = option(None, "longest record in tokens. Default: the model's window", group="data", low=2)
+    finish: str = option("auto", "whether a response ends with EOS where the data does not say", group="data", choices=("auto", "always", "never"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShow(Wording, Online):
+    """One record as the very tensors that train: prompt, trained, masked, special and end tokens in colour."""
+
+    EXAMPLE = "preftune data show --model MODEL --data pairs.jsonl --row 7"
+    model: str | None = option(None, "model folder, run folder or hub name; only its tokeniser is loaded", required=True, reads="model")
+    data: list[str] = option([], "file(s) to read; any known layout and kind", shows="FILE", required=True, reads="data")
+    row: int = option(1, "which record, counted from 1", low=1)
+    html: str | None = option(None, "write a page instead", shows="FILE.html")
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    skip_bad: bool = option(False, "pass over unusable rows instead of stopping", group="data")
+    max_length: int | None = option(None, "longest record in tokens. Default: the model's window", group="data", low=2)
+    finish: str = option("auto", "whether a response ends with EOS where the data does not say", group="data", choices=("auto", "always", "never"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvert(Online):
+    """Any layout and kind of file as canonical JSONL."""
+
+    EXAMPLE = "preftune data convert --data pairs.csv --output pairs.jsonl"
+    data: list[str] = option([], "file(s) to read; any known layout and kind", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "JSONL file to write; must not be there yet", shows="FILE.jsonl", required=True)
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    max_records: int | None = option(None, "read at most this many records", group="data", low=1)
+    skip_bad: bool = option(False, "count and list unusable rows instead of stopping", group="data")
+    from_scores: str | None = option(None, "make judgements of scores where nothing else is judged: best-worst, or all pairs of unequal scores", group="data", choices=("best-worst", "all"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env(Options):
+    """Versions and hardware, to paste into an issue."""
+
+    EXAMPLE = "preftune env"
+
+
+# --- what a field accepts -----------------------------------------------------------------------------------------------------
+
+KINDS: dict[Any, str] = {str: "text", int: "whole", float: "number", bool: "switch", list[str]: "texts", dict[str, float]: "numbers"}
+TYPES: dict[str, tuple[type, ...]] = {"text": (str,), "texts": (str,), "whole": (int,), "number": (int, float), "switch": (bool,)}
+WORDS = {"text": "text", "texts": "text", "whole": "a whole number", "number": "a number", "switch": "true or false"}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
+
+# What other programs call our options, for the hint only.
+ALSO_CALLED = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size", "model_name_or_path": "model", "base_model": "model", "dataset": "data", "dataset_name": "data",
+    "train_data": "data", "prompts": "data", "output_dir": "output", "out": "output", "loss_type": "loss", "max_seq_length": "max_length",
+    "max_grad_norm": "clip", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "lora_r": "lora", "lora_rank": "lora",
+    "resume_from_checkpoint": "resume", "eval_steps": "eval_every", "save_steps": "save_every", "max_new_tokens": "sample_tokens",
+    "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
+}  # fmt: skip
+
+
+class Spec(NamedTuple):
+    """One option as the parser, the YAML reader and the help see it. `label` in messages is its flag or its file:line: key."""
+
+    name: str
+    kind: str
+    optional: bool
+    default: Any
+    help: str
+    group: str
+    choices: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    shows: str | None = None
+    required: bool = False
+    positional: bool = False
+    reads: str | None = None
+    pattern: tuple[str, str] | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in YAML."""
+        return self.name.rstrip("_")
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--loss.NAME" if self.kind == "numbers" else "--" + self.key.replace("_", "-")
+
+    @property
+    def bounds(self) -> str:
+        """' above 0', ' from 0 to 0.9', or ''."""
+        low, high = self.low, self.high
+        if low is not None and high is not None and not (self.open_low or self.open_high):
+            return f" from {low:g} to {high:g}"
+        parts = [f"{'above' if self.open_low else 'at least'} {low:g}"] if low is not None else []
+        parts += [f"{'below' if self.open_high else 'at most'} {high:g}"] if high is not None else []
+        return f" {' and '.join(parts)}" if parts else ""
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.pattern:
+            return self.pattern[1]
+        words = ", ".join(self.choices) if self.choices else ""
+        if self.kind in ("text", "texts") and words:
+            return f"one of {words}"
+        number = WORDS[self.kind] + self.bounds.replace(" at least", " of at least", 1)
+        return f"{words} or {number}" if words else number
+
+
+def specs(cls: type[Options]) -> tuple[Spec, ...]:
+    """The options of a verb, group by group in the order of GROUPS; those of the verb itself before inherited ones."""
+    own, hints, found = set(cls.__annotations__), get_type_hints(cls), []
+    for entry in fields(cls):  # type: ignore[arg-type]
+        hint = hints[entry.name]
+        parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        found.append(Spec(entry.name, KINDS[parts[0]], NoneType in parts, default, **entry.metadata))
+    return tuple(sorted(found, key=lambda spec: (list(GROUPS).index(spec.group), spec.group != "main" and spec.name not in own)))
+
+
+def check(spec: Spec, value: Any, label: str) -> None:
+    """Raises UsageError, which begins with `label`, where a value is of the wrong type, out of bounds or not among the choices."""
+    if spec.kind == "numbers" and isinstance(value, dict):
+        for name, number in value.items():
+            check(loss_argument(str(name)), number, f"{label}.{name}")
+    elif spec.kind == "texts" and isinstance(value, list):
+        for each in value:
+            _check_one(spec, each, label)
+        if len({str(each) for each in value}) < len(value):
+            raise UsageError(f"{label} names {next(each for each in value if value.count(each) > 1)!r} twice")
+    elif spec.kind in ("texts", "numbers"):
+        raise UsageError(f"{label} must be a {'list' if spec.kind == 'texts' else 'table of names and numbers'}, not {value!r}")
+    elif not (value is None and spec.optional):
+        _check_one(spec, value, label)
+
+
+def _check_one(spec: Spec, value: Any, label: str) -> None:
+    wrong = UsageError(f"{label} must be {spec.expected}, not {'null' if value is None else repr(value)}")
+    if isinstance(value, str) and spec.kind == "number" and value in (spec.choices or ()):
+        return
+    if type(value) not in TYPES[spec.kind]:
+        raise wrong
+    if isinstance(value, str):
+        if not value or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise UsageError(f"{label} is {'empty' if not value else f'not readable as UTF-8 text: {value!a}'}")
+        if spec.choices and value not in spec.choices:
+            raise UsageError(f"{wrong}{nearest(value, spec.choices)}")
+        if spec.pattern and not re.fullmatch(spec.pattern[0], value, re.ASCII):
+            raise wrong
+    elif not isinstance(value, bool):
+        low, high = spec.low, spec.high
+        if not math.isfinite(value):
+            raise UsageError(f"{label} must be finite, not {value}")
+        if low is not None and (value < low or (spec.open_low and value == low)):
+            raise wrong
+        if high is not None and (value > high or (spec.open_high and value == high)):
+            raise wrong
+
+
+def convert(spec: Spec, text: str, label: str) -> Any:
+    """One value as written, without quotes, in the type that its option asks for. Checked. Raises UsageError."""
+    value: Any = text
+    if spec.kind == "whole" and re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        value = int(text)
+    elif spec.kind == "number" and (NUMBER.fullmatch(text) or NOT_FINITE.fullmatch(text)):
+        value = float(text if NUMBER.fullmatch(text) else text.replace(".", ""))  # YAML writes .inf and .nan
+    elif spec.kind == "switch" and text in ("true", "false"):
+        value = text == "true"
+    _check_one(spec, value, label)
+    return value
+
+
+def hint(word: str, cls: type[Options], before: str = "") -> str:
+    """' (did you mean ...?)' for an option that this verb does not have; also knows what other programs call ours."""
+    names = [spec.key for spec in specs(cls) if spec.kind != "numbers"]
+    word = word.replace("-", "_").lower()
+    known = ALSO_CALLED.get(word, "")
+    said = f" (did you mean '{known}'?)" if known in names else nearest(word, names)
+    return said.replace("_", "-").replace("'", f"'{before}", 1) if before else said
+
+
+# --- losses, read without torch -----------------------------------------------------------------------------------------------
+
+# What a loss's argument may be, by its name; an argument without a line here may be any finite number.
+LOSS_BOUNDS: dict[str, dict[str, Any]] = {
+    "beta": {"low": 0, "open_low": True}, "tau": {"low": 0, "open_low": True}, "noise": {"low": 0, "high": 0.5, "open_high": True},
+    "desirable_weight": {"low": 0}, "undesirable_weight": {"low": 0}, "lam": {"low": 0}, "per_token": {"low": 0}, "tail": {"low": 0, "high": 1},
+    "alpha": {"low": 0, "open_low": True}, "cap": {"low": 0, "open_low": True}, "decay": {"low": 0, "high": 1, "open_low": True},
+    "epsilon": {"low": 0, "high": 0.5, "open_low": True, "open_high": True},
+}  # fmt: skip
+LOSS_ALSO_CALLED = {
+    "dpo": "sigmoid", "cdpo": "sigmoid' with '--label-smoothing 0.1", "ipo": "ipo-sum' or 'ipo-mean", "sft": "nll", "rpo": "sigmoid+1*nll",
+    "rdpo": "r-dpo' (length) or 'robust' (noise", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-biased' or 'bco",
+    "sigmoid_norm": "sigmoid-norm", "slic": "hinge",
+}  # fmt: skip
+
+
+class LossFacts(NamedTuple):
+    """What the source of a loss says of it. `arguments`: name -> default."""
+
+    arguments: dict[str, float]
+    kind: str
+    reference: str
+    soft: str
+    source: str
+    formula: str
+
+
+@cache
+def loss_facts() -> dict[str, LossFacts]:
+    """The table of losses, read from the text of losses/*.py: tells a misspelt name or argument without importing torch."""
+    folder = Path(__file__).parent / "losses"
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
+    bodies = {f"{stem}.{node.name}": node for stem, tree in trees.items() for node in tree.body if isinstance(node, ast.FunctionDef)}
+    tables = [node.value for node in trees["__init__"].body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "LOSSES"]
+    table = tables[0]
+    assert isinstance(table, ast.Dict), "LOSSES stays a dict display: its text is read here"
+    facts = {}
+    for key, call in zip(table.keys, table.values, strict=True):
+        assert isinstance(key, ast.Constant) and isinstance(call, ast.Call), "LOSSES: string keys, each with Loss(...)"
+        given = dict(zip(("function", "kind", "reference", "soft", "source"), call.args, strict=False))
+        given |= {word.arg: word.value for word in call.keywords if word.arg}
+        body = bodies[ast.unparse(given.pop("function"))]
+        defaults = zip(body.args.kwonlyargs, body.args.kw_defaults, strict=True)
+        arguments = {argument.arg: ast.literal_eval(default) for argument, default in defaults if default is not None}
+        said = {name: ast.literal_eval(given[name]) for name in ("kind", "reference", "soft", "source")}
+        facts[str(key.value)] = LossFacts(arguments, **said, formula=(ast.get_docstring(body) or "").splitlines()[0])
+    return facts
+
+
+def loss_argument(name: str) -> Spec:
+    """The option that `--loss.NAME` is."""
+    return Spec(name, "number", False, None, "argument of the loss", "training", **LOSS_BOUNDS.get(name, {}))
+
+
+def parse_loss(text: str) -> list[tuple[float, str]]:
+    """'sigmoid+0.1*nll' -> [(1.0, 'sigmoid'), (0.1, 'nll')]. Raises UsageError: syntax, an unknown or repeated name, a weight <= 0."""
+    terms: list[tuple[float, str]] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*(?:([^\s*]+)\s*\*)?\s*([A-Za-z][\w-]*)\s*", part, re.ASCII)
+        if not match or not NUMBER.fullmatch(match[1] or "1"):
+            raise UsageError(f"{text!r} is not a loss nor a weighted sum of losses such as sigmoid+0.1*nll")
+        weight, name = float(match[1] or 1), match[2]
+        if name not in loss_facts():
+            other = LOSS_ALSO_CALLED.get(name.lower())
+            near = f" (did you mean '{other}'?)" if other else nearest(name, loss_facts())
+            raise UsageError(f"no loss is called {name!r}{near}; 'preftune dpo --help-losses' lists them")
+        if not 0 < weight < math.inf:
+            raise UsageError(f"the weight of {name!r} must be above 0 and finite, not {match[1]}")
+        if name in [known for _, known in terms]:
+            raise UsageError(f"{name!r} stands twice in {text!r}; write one term with the summed weight")
+        terms.append((weight, name))
+    return terms
+
+
+def loss_terms(options: Dpo, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
+    """(weight, loss, all its arguments) for each term of --loss. An argument goes to every term that takes it.
+
+    Raises:
+        UsageError: unknown loss; an argument that no term takes; label smoothing of a loss that has no soft form.
+    """
+    said = {"loss": "--loss", "beta": "--beta", "label_smoothing": "--label-smoothing"} | dict(labels or {})
+    try:
+        terms = parse_loss(options.loss)
+    except UsageError as error:
+        raise UsageError(f"{said['loss']}: {error}") from None
+    given = dict(options.loss_arguments)
+    if options.beta is not None:
+        if "beta" in given:
+            raise UsageError(f"{said['beta']} and {said.get('loss.beta', '--loss.beta')} are the same option; give one of them")
+        given["beta"], said["loss.beta"] = options.beta, said["beta"]
+    taken = [argument for _, name in terms for argument in loss_facts()[name].arguments]
+    for name in given:
+        if name not in taken:
+            known = ", ".join(f"--loss.{argument}" for argument in dict.fromkeys(taken)).replace("_", "-")
+            near = nearest(name, taken).replace("'", "'--loss.", 1)
+            what = f"takes {known}" if known else "takes no arguments"
+            raise UsageError(f"{said.get(f'loss.{name}', f'--loss.{name}')}: the loss {options.loss!r} takes no {name!r}{near}; it {what}")
+    for _, name in terms if options.label_smoothing else ():
+        if loss_facts()[name].soft == "refuse" or {loss_facts()[each].soft for _, each in terms} == {"ignore"}:
+            raise UsageError(f"{said['label_smoothing']}: the loss {name!r} has no soft form, so its labels cannot be smoothed")
+        if "noise" in loss_facts()[name].arguments:
+            raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
+    arguments = [loss_facts()[name].arguments for _, name in terms]
+    return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
+
+
+# --- models and files by name --------------------------------------------------------------------------------------------------
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+FILE_ENDING = re.compile(r"\.(safetensors|bin|pt|pth|gguf|json|jsonl|yaml|yml|txt|csv|zip|gz)$", re.IGNORECASE)
+
+
+def is_path_like(text: str) -> bool:
+    """Whether this can only be meant as a path, so that it never reaches the network: `./x`, `a/b/c`, `runs/x`, `x.json`, and
+    `a/b` where the folder `a` is here. Anything that the hub would not take as a name is a path."""
+    first, _, rest = text.partition("/")
+    return not HUB_NAME.fullmatch(text) or bool(FILE_ENDING.search(text)) or (bool(rest) and (first == "runs" or Path(first).is_dir()))
+
+
+def data_source(text: str) -> tuple[str, float]:
+    """('pairs.jsonl', 2.0) of 'pairs.jsonl:2': a file and how often its judgements count. Raises UsageError where two files could be
+    meant, or for a weight of 0."""
+    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text, re.ASCII | re.DOTALL)
+    if not match:
+        return text, 1.0
+    if os.path.exists(text):
+        if os.path.exists(match[1]):
+            raise UsageError(f"{text}: ambiguous: a file of this name is here, and {match[1]} too; rename one of them")
+        return text, 1.0
+    if not 0 < float(match[2]) < math.inf:
+        raise UsageError(f"{text}: a weight must be above 0 and finite")
+    return match[1], float(match[2])
+
+
+def _inputs(options: Options, labels: Mapping[str, str]) -> None:
+    """Refuse what is not there before anything heavy is imported. DataError, ModelError, or UsageError for --offline."""
+    for spec in specs(type(options)):
+        value = getattr(options, spec.name) if spec.reads else None
+        for text in [value] if isinstance(value, str) else value or []:
+            text = data_source(text)[0] if spec.reads == "data" else text
+            if os.path.exists(text):  # unlike Path.exists, also False for a name that is too long
+                continue
+            hub = spec.reads == "data" and text.startswith("hub:")
+            if hub and isinstance(options, Online) and options.offline:
+                raise UsageError(f"{labels.get(spec.name, spec.flag)} {text}: --offline refuses the hub")
+            if hub:
+                continue
+            if spec.reads == "data":
+                raise DataError(f"no such file{_neighbour(text)}", path=text)
+            if is_path_like(text):
+                raise ModelError(f"{text}: no such model folder{_neighbour(text)}")
+            if isinstance(options, Online) and options.offline:
+                label = labels.get(spec.name, spec.flag)
+                raise UsageError(f"{label} {text}: is not a folder here, and --offline refuses the hub{_neighbour(text)}")
+
+
+def _neighbour(text: str) -> str:
+    """' (did you mean ...?)' for what lies beside a path that is not there."""
+    path = Path(text)
+    try:
+        return nearest(path.name, sorted(os.listdir(path.parent))[:1000])
+    except OSError:
+        return ""
+
+
+# --- contradictions ------------------------------------------------------------------------------------------------------------
+
+Given = dict[str, tuple[Any, str]]  # field name or 'loss.NAME' -> (value, what the user wrote: '--lr' or 'run.yaml:3: lr')
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+# (verbs, option, when it contradicts the rest, why). Looked at only where the option was given; `o` has every value.
+CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool], str], ...] = (
+    ((Training,), "holdout", lambda o: bool(o.eval_data), "has nothing to do with --eval-data given: that replaces the split"),
+    ((Training,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}) and "leak" not in o.allow, "names a file of --data: held-out records must not train"),
+    ((Sft,), "from_scores", lambda o: not o.preferred, "has no effect without --preferred: all answers are imitated"),
+    ((Training,), "eval_every", lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data"),
+    ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
+    ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
+    ((Training,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
+    ((Training,), "eval_reward", lambda o: o.eval_prompts == 0, "has nothing to score: --eval-prompts is 0"),
+    ((Training,), "eval_samples", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
+    ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
+    ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
+    ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
+    ((DataConvert,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
+    ((DataCheck,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}), "names a file of --data: every prompt would be a leak"),
+    *(((DataCheck,), name, lambda o: o.model is None, "has no effect without --model") for name in ("max_length", "finish", "bos", "template")),
+    ((Sample,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
+    ((Sample, Chat), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
+    ((Sample,), "reference", lambda o: (o.temperature, o.top_p) != (1, 1), "estimates KL from samples of the model itself: needs --temperature 1 and --top-p 1"),
+    ((Chat,), "model", lambda o: len(o.model) > 2, "takes one model, or two to compare"),
+    ((Chat,), "votes", lambda o: len(o.model) != 2, "needs two models to choose between"),
+)  # fmt: skip
+
+
+def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
+    """The options of a verb from what was given. Raises UsageError for missing or contradicting options, before anything is read."""
+    labels = {name: label for name, (_, label) in given.items()}
+    # A value from YAML that says no more than the default counts as not given: the resolved file of a run lists every option.
+    defaults = {spec.name: spec.default for spec in specs(cls)}
+    said = [name for name, (value, label) in given.items() if label.startswith("--") or value != defaults.get(name)]
+    options = cls(**_values(given))
+    resume = options.resume if isinstance(options, Training) else None
+    if resume is not None:
+        other = next((name for name in said if name != "resume"), None)
+        if other:
+            raise UsageError(f"{labels[other]} cannot be given with --resume: a run goes on with its own options ({resume}/config.yaml)")
+        return options
+    missing = [spec.flag for spec in specs(cls) if spec.required and getattr(options, spec.name) in (None, [])]
+    if missing:
+        raise UsageError(f"{', '.join(missing[:-1])}{' and ' * (len(missing) > 1)}{missing[-1]} must be given, for example:\n  {cls.EXAMPLE}")
+    for verbs, name, contradicts, why in CONTRADICTIONS:
+        if isinstance(options, verbs) and name in said and contradicts(options):
+            raise UsageError(f"{labels[name]} {why}")
+    if isinstance(options, Dpo):
+        loss_terms(options, labels)
+    _inputs(options, labels)
+    return options
+
+
+def _values(given: Given) -> dict[str, Any]:
+    """Given -> keyword arguments: the loss's arguments become one table."""
+    values = {name: value for name, (value, _) in given.items() if not name.startswith("loss.")}
+    arguments = {name.removeprefix("loss."): value for name, (value, _) in given.items() if name.startswith("loss.")}
+    return values | ({"loss_arguments": arguments} if arguments else {})
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Writer(yaml.SafeDumper):
+    """Text with unprintable characters goes in double quotes: elsewhere PyYAML reads U+0085 and its like back as a space."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Writer.add_representer(str, _Writer.represent_text)
+
+
+def resolved_yaml(options: Options) -> str:
+    """Every option of a verb as YAML that `--config` reads back to equal options. Stable order."""
+    table = {}
+    for spec in specs(type(options)):
+        value = getattr(options, spec.name)
+        if spec.kind == "numbers":
+            value = {name: float(number) for name, number in value.items()}
+        table[spec.key] = float(value) if spec.kind == "number" and isinstance(value, int) else value
+    return str(yaml.dump(table, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def load_yaml(text: str, path: str | Path, cls: type[Options]) -> dict[str, Any]:
+    """Keyword arguments for `cls` from YAML. Raises UsageError with file:line for anything that is not an option with its value."""
+    return _values(read_yaml(text, path, cls))
+
+
+def load_config(path: str, cls: type[Options]) -> Given:
+    """What `--config FILE` gives. Raises UsageError where there is no such file, or it is no text."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE):
+        raise UsageError(f"--config {path}: a configuration is a file on this machine, not an address")
+    try:
+        text = Path(path).read_text(encoding="utf-8")  # a byte-order mark is skipped by YAML itself
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path}: not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise UsageError(f"--config {path}: {(error.strerror or str(error)).lower()}") from None
+    return read_yaml(text, path, cls)
+
+
+def read_yaml(text: str, path: str | Path, cls: type[Options]) -> Given:
+    """YAML -> field -> (value, 'file:line: key'). The text is composed, never constructed: no tag makes an object, types come from the options."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}") from None
+    if root is None:
+        return {}
+    known = {spec.key: spec for spec in specs(cls)}
+    given: Given = {}
+    lines: dict[str, int] = {}
+    for place, key, node in _entries(root, path):
+        if key not in known and not (key.startswith("loss.") and "loss_arguments" in known):
+            raise UsageError(f"{place} unknown key {key!r}{hint(key, cls)}")
+        spec = known.get(key) or loss_argument(key.removeprefix("loss."))
+        name = spec.name if key in known else key
+        if spec.kind == "numbers":
+            entries = [(where, f"loss.{argument}", child) for where, argument, child in _entries(node, path)]
+        else:
+            entries = [(place, name, node)]
+        for where, name, child in entries:
+            if name in lines:
+                raise UsageError(f"{where} {name.rstrip('_')!r} was already given on line {lines[name]}")
+            lines[name] = child.start_mark.line + 1
+            label = f"{where} {name.rstrip('_')}"
+            given[name] = (_typed(loss_argument(name[5:]) if name.startswith("loss.") else spec, child, label), label)
+    return given
+
+
+def _entries(node: Any, path: str | Path) -> Iterator[tuple[str, str, Any]]:
+    """('file:line:', key with underscores, value node) of a mapping."""
+    if not isinstance(node, yaml.MappingNode) or not node.tag.endswith(":map"):
+        raise UsageError(f"{path}:{node.start_mark.line + 1}: expected lines of 'option: value'")
+    for key, value in node.value:
+        place = f"{path}:{key.start_mark.line + 1}:"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{place} a key must be the name of an option")
+        yield place, key.value.replace("-", "_"), value
+
+
+def _typed(spec: Spec, node: Any, label: str) -> Any:
+    """The value of a node in the type that its option asks for; a single text is a list of one."""
+    if isinstance(node, yaml.SequenceNode) and spec.kind == "texts" and node.tag.endswith(":seq"):
+        value = [_typed(spec._replace(kind="text"), child, label) for child in node.value]
+        check(spec, value, label)
+        return value
+    if not isinstance(node, yaml.ScalarNode):
+        what = "a list" if isinstance(node, yaml.SequenceNode) else "a table"
+        raise UsageError(f"{label} must be {spec.expected}, not {what}")
+    if not re.fullmatch(r"tag:yaml\.org,2002:(str|int|float|bool|null|timestamp|merge|value)", node.tag):
+        raise UsageError(f"{label} has the tag {node.tag.replace('tag:yaml.org,2002:', '!!')!r}; only plain values are accepted")
+    if node.style is None and node.tag.endswith(":null"):
+        check(spec._replace(kind="text") if spec.kind == "texts" else spec, None, label)
+        return None
+    if node.style is not None and spec.kind not in ("text", "texts") and node.value not in (spec.choices or ()):
+        raise UsageError(f"{label} must be {spec.expected}, not the text {node.value!r} (leave out the quotes)")
+    value = convert(spec, node.value, label)
+    return [value] if spec.kind == "texts" else value

@@ -1,0 +1,175 @@
+"""Every loss: one function and one line of the table.
+
+A loss takes tensors and keyword-only numbers and returns one unreduced value per item. Its keyword-only arguments are its
+command-line schema (`--loss simpo --loss.gamma 0.5`); their defaults are the defaults. This room imports torch and nothing
+of ours. To add a loss: write the function in the file of its kind with formula, source and three worked numbers, add its
+line to `LOSSES`, add its page docs/losses/NAME.md; the sweeping tests then ask for its golden numbers.
+
+`cli` reads this file's table and the functions' signatures without running them (no torch in `--help`): `LOSSES` stays a dict
+display with string keys and `module.function` first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from . import batchwise, divergences, pairs, tokenwise, unanchored, verdicts
+from .pairs import Side
+
+RATIO, MEAN_RATIO, POLICY, MEAN_POLICY = map(attrgetter, ("ratio", "mean_ratio", "policy", "mean_policy"))
+
+__all__ = ["LOSSES", "Loss", "Side", "arguments", "expected"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the rest of the house must know of a loss.
+
+    Args:
+        function: per-item, unreduced. kind 'pairs': `f(chosen: Side, rejected: Side, *, ...) -> (B,)`, with a third `weight: (B,)`
+            where it is not separable; kind 'verdicts': `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`.
+        kind: which view of the judgements it reads.
+        reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
+        soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
+            likelier. 'refuse': it reads hard verdicts, so labels cannot be smoothed.
+        source: paper and equation.
+        separable: a step's loss is a sum over items, so micro-batches need one forward; False = batch statistics, two.
+        mismatched: needs each prompt with another record's response (KTO's z0).
+        needs: which further columns of `Side` it reads: 'tokens', 'collision'.
+        reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
+        start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
+            `arguments` names them); for verdicts `start(arguments, desirable)`. None where policy = reference fixes no value.
+    """
+
+    function: Callable
+    kind: str
+    reference: str
+    soft: str
+    source: str
+    separable: bool = True
+    mismatched: bool = False
+    needs: tuple[str, ...] = ()
+    reads: Callable[[Side], Tensor] = RATIO
+    start: Callable[..., float] | None = None
+
+
+def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor, **numbers: float) -> Tensor:
+    """A pair loss over labels that are wrong sometimes: the sum of weight [P f(w, l) + (1 - P) f(l, w)]. ()
+
+    One function makes every soft form. P = 1 is the hard loss; P = 1 - e is label smoothing (cDPO for `sigmoid`); P = sigmoid(r_w - r_l)
+    distils a reward model (arXiv:2405.19316). A pair of probability P is two pairs with weights P and 1 - P: so it also stands in
+    the statistics of a step. For soft='ignore' the likelier side is the chosen one, and how likely is no matter.
+
+    Args:
+        chosen, rejected: B pairs. prob: (B,) P(chosen is preferred). weight: (B,) votes. numbers: the loss's arguments.
+
+    m = .2, 0, -.3 at P = .75: .598139 + .25*.2; ln 2; .854355 - .25*.3; together 2.120641.
+
+    >>> row = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    >>> expected(LOSSES["sigmoid"], *pairs.WORKED, 0.75 * row, row)
+    tensor(2.1206, dtype=torch.float64)
+    """
+    if loss.soft == "ignore":
+        prob = (prob >= 0.5).to(weight.dtype)
+    count = torch.cat([weight * prob, weight * (1 - prob)])
+    (rows,) = torch.nonzero(count, as_tuple=True)
+    both = Side(**{name: None if x is None else torch.cat([x, getattr(rejected, name)]) for name, x in vars(chosen).items()})
+    other = (rows + len(weight)) % len(count)
+    statistics = () if loss.separable else (count[rows],)
+    return (loss.function(both[rows], both[other], *statistics, **numbers) * count[rows]).sum()
+
+
+def _ln2(arguments: Mapping[str, float]) -> float:
+    """-log sigmoid(0); robust too: ((1-e) - e) ln 2 / (1-2e)."""
+    return math.log(2)
+
+
+def _twice_ln2(arguments: Mapping[str, float]) -> float:
+    return 2 * math.log(2)
+
+
+def _ipo(arguments: Mapping[str, float]) -> float:
+    """(0 - 1/(2 tau))^2."""
+    return 1 / (4 * arguments["tau"] ** 2)
+
+
+def _one(arguments: Mapping[str, float]) -> float:
+    """max(0, 1 - 0); APO: 1/2 + 1/2."""
+    return 1.0
+
+
+def _exo(arguments: Mapping[str, float]) -> float:
+    """KL((1/2, 1/2) || (1-e, e))."""
+    return -math.log(2) - 0.5 * math.log(arguments["epsilon"] * (1 - arguments["epsilon"]))
+
+
+def _sppo(arguments: Mapping[str, float]) -> float:
+    """(0 - 1/(2 beta))^2 + (0 + 1/(2 beta))^2."""
+    return 1 / (2 * arguments["beta"] ** 2)
+
+
+def _cal(arguments: Mapping[str, float]) -> float:
+    return math.log(2) + arguments["lam"] * _sppo(arguments)
+
+
+def _discopop(arguments: Mapping[str, float]) -> float:
+    """(ln 2)/2 + e^0/2."""
+    return 0.5 * math.log(2) + 0.5
+
+
+def _kto(arguments: Mapping[str, float], desirable: bool) -> float:
+    """l (1 - sigmoid(0)): every a is zero, so z0 is too."""
+    return 0.5 * arguments["desirable_weight" if desirable else "undesirable_weight"]
+
+
+LOSSES: Mapping[str, Loss] = {
+    "sigmoid": Loss(pairs.sigmoid, "pairs", "token", "swap", "arXiv:2305.18290, Eq. 7", start=_ln2),
+    "reference-free": Loss(pairs.reference_free, "pairs", "none", "swap", "arXiv:2305.18290, authors' code", reads=POLICY),
+    "robust": Loss(pairs.robust, "pairs", "token", "swap", "arXiv:2403.00409", start=_ln2),
+    "ipo-sum": Loss(pairs.ipo_sum, "pairs", "token", "swap", "arXiv:2310.12036, Eq. 17", start=_ipo),
+    "ipo-mean": Loss(pairs.ipo_mean, "pairs", "token", "swap", "arXiv:2310.12036, as in TRL", start=_ipo, reads=MEAN_RATIO),
+    "hinge": Loss(pairs.hinge, "pairs", "token", "swap", "arXiv:2309.06657, hinge-norm", start=_one),
+    "sigmoid-norm": Loss(pairs.sigmoid_norm, "pairs", "token", "swap", "arXiv:2411.15124 (Tulu 3)", start=_ln2, reads=MEAN_RATIO),
+    "simpo": Loss(pairs.simpo, "pairs", "none", "swap", "arXiv:2405.14734, Eq. 6", reads=MEAN_POLICY),
+    "nll": Loss(pairs.nll, "pairs", "none", "ignore", "arXiv:2404.19733, the added term", reads=POLICY),
+    "exo": Loss(pairs.exo, "pairs", "token", "swap", "arXiv:2402.00856, Eq. 16", start=_exo),
+    "nca": Loss(pairs.nca, "pairs", "token", "swap", "arXiv:2402.05369", start=_twice_ln2),
+    "bco": Loss(batchwise.bco, "pairs", "token", "swap", "arXiv:2404.04656", separable=False, start=_twice_ln2),
+    "bco-biased": Loss(pairs.bco_biased, "pairs", "token", "swap", "arXiv:2404.04656 without its shift", start=_twice_ln2),
+    "sppo-hard": Loss(pairs.sppo_hard, "pairs", "token", "swap", "arXiv:2405.00675, Eq. 4.7", start=_sppo),
+    "apo-zero": Loss(pairs.apo_zero, "pairs", "token", "swap", "arXiv:2408.06266, Eq. 7", start=_one),
+    "apo-down": Loss(pairs.apo_down, "pairs", "token", "swap", "arXiv:2408.06266, Eq. 8", start=_one),
+    "aot": Loss(batchwise.aot, "pairs", "token", "swap", "arXiv:2406.05882", separable=False, start=_ln2),
+    "aot-unpaired": Loss(batchwise.aot_unpaired, "pairs", "token", "swap", "arXiv:2406.05882", separable=False, start=_ln2),
+    "discopop": Loss(pairs.discopop, "pairs", "token", "swap", "arXiv:2406.08414, Eq. 5", start=_discopop),
+    "f-forward-kl": Loss(divergences.f_forward_kl, "pairs", "token", "swap", "arXiv:2309.16240", start=_ln2),
+    "f-js": Loss(divergences.f_js, "pairs", "token", "swap", "arXiv:2309.16240", start=_ln2),
+    "f-alpha": Loss(divergences.f_alpha, "pairs", "token", "swap", "arXiv:2309.16240", start=_ln2),
+    "chi-po": Loss(divergences.chi_po, "pairs", "token", "swap", "arXiv:2407.13399", start=_ln2),
+    "orpo": Loss(unanchored.orpo, "pairs", "none", "swap", "arXiv:2403.07691", reads=MEAN_POLICY),
+    "slic": Loss(unanchored.slic, "pairs", "none", "swap", "arXiv:2305.10425", reads=POLICY),
+    "cpo": Loss(unanchored.cpo, "pairs", "none", "swap", "arXiv:2401.08417", reads=POLICY),
+    "alphapo": Loss(unanchored.alphapo, "pairs", "none", "swap", "arXiv:2501.03884", reads=MEAN_POLICY),
+    "dpop": Loss(pairs.dpop, "pairs", "token", "swap", "arXiv:2402.13228", start=_ln2),
+    "cal-dpo": Loss(pairs.cal_dpo, "pairs", "token", "swap", "arXiv:2412.14516", start=_cal),
+    "r-dpo": Loss(pairs.r_dpo, "pairs", "token", "swap", "arXiv:2403.19159"),
+    "wpo": Loss(tokenwise.wpo, "pairs", "token", "swap", "arXiv:2406.11827, Eq. 2", needs=("collision",)),
+    "ld-dpo": Loss(tokenwise.ld_dpo, "pairs", "token", "swap", "arXiv:2409.06411", needs=("tokens",), start=_ln2),
+    "d2po": Loss(tokenwise.d2po, "pairs", "token", "swap", "arXiv:2502.14340", needs=("tokens",), start=_ln2),
+    "alpha-dpo": Loss(batchwise.alpha_dpo, "pairs", "token", "swap", "arXiv:2410.10148", separable=False, reads=MEAN_POLICY),
+    "kto": Loss(verdicts.kto, "verdicts", "token", "refuse", "arXiv:2402.01306, Eq. 8", separable=False, mismatched=True,
+                start=_kto),
+}
+
+
+def arguments(name: str) -> dict[str, float]:
+    """The loss's own options and their defaults, in order, read from its signature."""
+    parameters = inspect.signature(LOSSES[name].function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

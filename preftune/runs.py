@@ -1,0 +1,157 @@
+"""The run directory: what a stage writes while it trains, and how it finds its place again.
+
+config.yaml, manifest.json, metrics.jsonl, samples.jsonl, results.json, checkpoints/, model/. This room knows files, not mathematics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .errors import CheckpointError, DiskError, Interrupted
+from .files import append_jsonl, atomic_write, free_bytes, read_jsonl
+
+PACKAGES = ("preftune", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def hardware(device: str, threads: int) -> dict[str, Any]:
+    """What the run ran on."""
+    return {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "device": device, "threads": threads}  # fmt: skip
+
+
+def command(verb: str, options: Any) -> str:
+    """The command line that gives these options: those that differ from their defaults."""
+    words = ["preftune", verb]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if value == default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "loss_arguments":
+            words += [w for k, v in value.items() for w in (f"--loss.{k}", f"{v:g}")]
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raises DiskError where less than `needed` bytes are free for `what`."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise DiskError(f"{folder}: {what} needs about {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+
+
+@dataclass
+class Log:
+    """An append-only JSONL file with a line count, so that a resumed run can cut what came after its checkpoint."""
+
+    path: Path
+    lines: int = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append one line; it is on disk when this returns."""
+        append_jsonl(self.path, dict(row))
+        self.lines += 1
+
+    def cut(self, lines: int) -> None:
+        """Keep the first `lines` lines. Raises CheckpointError where fewer are there."""
+        text = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        if len(text) < lines:
+            raise CheckpointError(
+                f"{self.path}: holds {len(text)} lines, the checkpoint was written after {lines}; the file was changed"
+            )
+        atomic_write(self.path, "".join(text[:lines]))
+        self.lines = lines
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every line, parsed."""
+        return read_jsonl(self.path) if self.path.exists() else []
+
+
+def refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError that lists every fingerprint which differs from the one the run started with."""
+    changed = [name for name in before if before[name] != now.get(name)]
+    if changed:
+        what = ", ".join(changed)
+        raise CheckpointError(f"{folder}: cannot resume: {what} changed since the run started; it must end like one that never stopped")
+
+
+@contextmanager
+def publish_folder(final: Path, *, owned: bool = True) -> Iterator[Path]:
+    """A staging folder that becomes `final` when the block ends well, and disappears when it does not.
+
+    `owned` says that no other process can be writing beside it, so what a killed one left there is taken over.
+    """
+    staging = final.with_name(f".{final.name}.staging" if owned else f".{final.name}-{os.getpid()}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+    except OSError as error:
+        raise DiskError(f"{final}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass
+class Stop:
+    """Set by a signal; read at step boundaries."""
+
+    number: int = 0
+
+    def check(self, save: Callable[[], None], verb: str, folder: Path) -> None:
+        """After a signal: save, then raise Interrupted with the command that continues."""
+        if self.number:
+            save()
+            raise Interrupted(f"stopped by {signal.Signals(self.number).name}; nothing is lost: preftune {verb} --resume {folder}",
+                              signal_number=self.number)  # fmt: skip
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGUSR1 ask for a stop at the next step boundary; a second one ends the process at once."""
+    stop = Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.number:
+            os._exit(128 + number)
+        stop.number = number
+        print("\nstopping after this step (again: at once)", file=sys.stderr, flush=True)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
