@@ -1,0 +1,283 @@
+"""From the store to one optimiser step: which records, packed how, and where each log-prob is read.
+
+A batch is flat: tokens and positions, a segment table with prefix links, and targets (hidden index, token, response). A token attends
+to its prefix chain in full and to its own segment causally. All responses to a prompt read their first token from the same
+prompt-end state: gathered, never shifted. `batch_size` counts records; `micro_tokens` only cuts a step into forward passes.
+
+    order = Order(records=len(store), batch_size=32, epochs=2, seed=0)
+    step = make_step(store, order.records_of(0), micro_tokens=8192)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .store import MISMATCHED, Store
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segment table of a flat batch of T tokens; travels to attention as a forward argument.
+
+    Args:
+        starts, ends: token range of each of S segments. prefix: index of the segment that each continues, or -1.
+        trees: token ranges (start, end) of connected segments; no token sees another tree.
+        seen: None, or a list to which every attention call appends its layer (the self-check counts them).
+        masks: cache of attention masks, per (tree, window), filled by `attention`.
+    """
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    prefix: tuple[int, ...]
+    trees: tuple[tuple[int, int], ...]
+    seen: list[int] | None = None
+    masks: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def chain(self, segment: int) -> list[int]:
+        """The segment's ancestors, root first, and itself."""
+        out = [segment]
+        while self.prefix[out[-1]] >= 0:
+            out.append(self.prefix[out[-1]])
+        return out[::-1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is said of R responses: P pairs, U verdicts. Indices are responses, 0..R-1, of a batch or of a whole step.
+
+    Args:
+        pair: (P, 2) int64, chosen and rejected. pair_prob: (P,) float64, P(chosen preferred). pair_weight: (P,) float64 votes.
+        verdict: (U,) int64. verdict_good: (U,) bool. verdict_weight: (U,) float64.
+        mismatched: (M,) int64, responses that stand after another record's prompt.
+        record: (R,) int64, the store's record of each response.
+    """
+
+    pair: Tensor
+    pair_prob: Tensor
+    pair_weight: Tensor
+    verdict: Tensor
+    verdict_good: Tensor
+    verdict_weight: Tensor
+    mismatched: Tensor
+    record: Tensor
+
+    def to(self, device: torch.device | str) -> Table:
+        return Table(**{k: v.to(device) for k, v in vars(self).items()})
+
+
+def join(tables: Sequence[Table]) -> Table:
+    """The tables of a step's batches as one, responses numbered through."""
+    shift = np.concatenate([[0], np.cumsum([len(t.record) for t in tables])])
+    moved = [replace(t, pair=t.pair + int(n), verdict=t.verdict + int(n), mismatched=t.mismatched + int(n))
+             for t, n in zip(tables, shift, strict=False)]  # fmt: skip
+    return Table(**{f.name: torch.cat([getattr(t, f.name) for t in moved]) for f in fields(Table)})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. T tokens, N targets, R responses.
+
+    Args:
+        tokens, positions: (T,) int64. segments: the table.
+        hidden: (N,) int64, the state that predicts each target. target: (N,) its id. response: (N,) its response, 0..R-1.
+        columns: per target (N,), for instance 'reference' float32.
+        slot: (N,) int64, where each target stands in the store. table: what is said of the responses.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    hidden: Tensor
+    target: Tensor
+    response: Tensor
+    responses: int
+    columns: Mapping[str, Tensor]
+    slot: Tensor
+    table: Table
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        if self.tokens.device == torch.device(device):
+            return self
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()}, table=self.table.to(device))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: its forward passes and the denominators of the whole step, so that any cut gives the same numbers.
+
+    Args:
+        micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs' and 'verdicts'
+            (sums of weights), 'responses', 'tokens' (targets).
+    """
+
+    micro: tuple[Batch, ...]
+    records: tuple[int, ...]
+    totals: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which records make which step: a seeded permutation per epoch, a function of (seed, epoch) alone, so resuming needs a number.
+
+    Args:
+        records: how many. batch_size: records a step; an epoch's last step may be smaller. epochs: may be a fraction.
+    """
+
+    records: int
+    batch_size: int
+    epochs: float
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(self.records / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.per_epoch * self.epochs - 1e-9))
+
+    def records_of(self, step: int) -> np.ndarray:
+        """Record indices of step 0, 1, ..."""
+        epoch, index = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.records)
+        return order[index * self.batch_size : (index + 1) * self.batch_size]
+
+
+def _rows(store: Store, record: int, share: bool) -> list[tuple[list[int], int]]:
+    """(segments laid out in a row, index of its prefix in this list or -1): shared, each segment once; else one row a response."""
+    segments = range(store.record_start[record], store.record_start[record + 1])
+    if share:
+        return [([s], int(store.parent[s]) - segments.start if store.parent[s] >= 0 else -1) for s in segments]
+    return [(store.chain(s), -1) for s in segments if store.response[s] >= 0 or store.response[s] == MISMATCHED]
+
+
+def tokens_of(store: Store, record: int, *, share: bool = True) -> int:
+    """Tokens that a record costs in a forward pass."""
+    return int(sum(store.start[s + 1] - store.start[s] for row, _ in _rows(store, record, share) for s in row))
+
+
+class _Builder:
+    """Accumulates one batch."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.parts: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.prefix: list[int] = []
+        self.trees: list[tuple[int, int]] = []
+        self.hidden: list[np.ndarray] = []
+        self.slot: list[np.ndarray] = []
+        self.response: list[np.ndarray] = []
+        self.number: dict[int, int] = {}  # store segment -> response of this batch
+        self.record: list[int] = []
+        self.size = 0
+
+    def add(self, record: int, share: bool) -> None:
+        store, first, tree = self.store, len(self.starts), self.size
+        depth: list[int] = []  # tokens before and within each row, for positions of its children
+        for row, parent in _rows(store, record, share):
+            ids = np.concatenate([store.tokens[store.start[s] : store.start[s + 1]] for s in row])
+            before = depth[parent] if parent >= 0 else 0
+            self.positions.append(np.arange(before, before + len(ids)))
+            depth.append(before + len(ids))
+            last = row[-1]
+            own = int(store.start[last + 1] - store.start[last])
+            if store.response[last] >= 0 or store.response[last] == MISMATCHED:
+                above = self.ends[first + parent] - 1 if parent >= 0 else -1
+                self._targets(last, self.size + len(ids) - own, above if own == len(ids) else None)
+            self.starts.append(self.size)
+            self.size += len(ids)
+            self.ends.append(self.size)
+            self.prefix.append(first + parent if parent >= 0 else -1)
+            self.parts.append(ids)
+            if not share:
+                self.trees.append((self.starts[-1], self.size))
+        if share:
+            self.trees.append((tree, self.size))
+        self.record += [record] * (len(self.number) - len(self.record))
+
+    def _targets(self, segment: int, at: int, above: int | None) -> None:
+        """Targets of a response whose tokens begin at `at`; `above` is the state before its first token where that is not at-1."""
+        slots = np.arange(self.store.start[segment], self.store.start[segment + 1])
+        hidden = np.arange(at - 1, at - 1 + len(slots))
+        if above is not None:
+            hidden[0] = above
+        keep = self.store.trained[slots]
+        self.number[segment] = len(self.number)
+        self.hidden.append(hidden[keep])
+        self.slot.append(slots[keep])
+        self.response.append(np.full(int(keep.sum()), self.number[segment]))
+
+    def build(self, records: Sequence[int], columns: Mapping[str, np.ndarray]) -> Batch:
+        store, n = self.store, self.number
+        slot = np.concatenate(self.slot)
+        return Batch(
+            tokens=torch.from_numpy(np.concatenate(self.parts).astype(np.int64)),
+            positions=torch.from_numpy(np.concatenate(self.positions)),
+            segments=Segments(tuple(self.starts), tuple(self.ends), tuple(self.prefix), tuple(self.trees)),
+            hidden=torch.from_numpy(np.concatenate(self.hidden)), target=torch.from_numpy(store.tokens[slot].astype(np.int64)),
+            response=torch.from_numpy(np.concatenate(self.response)), responses=len(n),
+            columns={name: torch.from_numpy(np.ascontiguousarray(values[slot])) for name, values in columns.items()},
+            slot=torch.from_numpy(slot), table=self._table([int(r) for r in records]))  # fmt: skip
+
+    def _table(self, records: Sequence[int]) -> Table:
+        store, n = self.store, self.number
+        pairs = np.concatenate([np.arange(store.pair_start[r], store.pair_start[r + 1]) for r in records])
+        verdicts = np.concatenate([np.arange(store.verdict_start[r], store.verdict_start[r + 1]) for r in records])
+        return Table(
+            pair=torch.tensor([[n[int(w)], n[int(x)]] for w, x in store.pair[pairs]], dtype=torch.long).reshape(-1, 2),
+            pair_prob=torch.from_numpy(store.pair_prob[pairs]), pair_weight=torch.from_numpy(store.pair_weight[pairs]),
+            verdict=torch.tensor([n[int(v)] for v in store.verdict[verdicts]], dtype=torch.long),
+            verdict_good=torch.from_numpy(store.verdict_good[verdicts]), verdict_weight=torch.from_numpy(store.verdict_weight[verdicts]),
+            mismatched=torch.tensor([i for s, i in n.items() if store.response[s] == MISMATCHED], dtype=torch.long),
+            record=torch.tensor(self.record, dtype=torch.long))  # fmt: skip
+
+
+def make_batch(
+    store: Store, records: Sequence[int], *, columns: Mapping[str, np.ndarray] | None = None, share: bool = True
+) -> Batch:
+    """These records as one forward pass. `columns` are arrays parallel to `store.tokens`; `share=False` gives a row per response."""
+    builder = _Builder(store)
+    for record in records:
+        builder.add(int(record), share)
+    return builder.build([int(r) for r in records], columns or {})
+
+
+def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, *, share: bool = True) -> list[list[int]]:
+    """Cut records, in order, into groups of at most `micro_tokens` tokens; a record larger than that stands alone."""
+    groups: list[list[int]] = []
+    room = -1
+    for record in records:
+        cost = tokens_of(store, int(record), share=share)
+        if cost > room or not groups:
+            groups.append([])
+            room = micro_tokens
+        groups[-1].append(int(record))
+        room -= cost
+    return groups
+
+
+def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
+    """The denominators of a step, by name."""
+    return {"records": float(records), "pairs": float(sum(b.table.pair_weight.sum() for b in batches)),
+            "verdicts": float(sum(b.table.verdict_weight.sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
+            "tokens": float(sum(len(b.target) for b in batches))}  # fmt: skip
+
+
+def make_step(store: Store, records: Sequence[int] | np.ndarray, *, micro_tokens: int, columns: Mapping[str, np.ndarray] | None = None,
+              share: bool = True) -> Step:  # fmt: skip
+    """One optimiser step of these records, cut to fit `micro_tokens`."""
+    micro = tuple(
+        make_batch(store, group, columns=columns, share=share) for group in split(store, records, micro_tokens, share=share)
+    )
+    return Step(micro, tuple(int(r) for r in records), totals_of(micro, len(records)))

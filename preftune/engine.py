@@ -1,0 +1,230 @@
+"""The one loop: `train(state, steps, objective)` yields a dict of metrics per optimiser step. No callbacks, no subclass.
+
+Everything that a resumed run needs lives in `State`: weights, optimiser, counters. The learning rate is a function of the step.
+A loss or gradient that is not finite stops before the optimiser moves. Touches objectives and batches; no file.
+
+    for metrics in train(state, steps(store, records, order, start=state.step, ...), objective): ...
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Order, Step, join, make_step
+from .errors import NumericsError, OutOfMemoryError
+from .objectives import Columns, Objective, join_columns, total
+from .store import Store
+
+
+@dataclass
+class State:
+    """A run in flight.
+
+    Args:
+        model: the policy. weights: its trained parameters by name. masters: fp32 copies of those that are not fp32, else the same.
+        optimizer: over the masters. rate: step -> learning rate. clip: largest gradient norm, 0 for none.
+        step: optimiser steps taken. tokens: tokens of forward passes so far. seconds: training time so far.
+    """
+
+    model: nn.Module
+    weights: dict[str, nn.Parameter]
+    masters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[int], float]
+    clip: float
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, weight_decay: float = 0.0,
+               betas: tuple[float, float] = (0.9, 0.999)) -> State:  # fmt: skip
+    """AdamW over every parameter that requires a gradient, with fp32 masters for those in a shorter format."""
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    masters = {n: p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for n, p in weights.items()}
+    optimizer = torch.optim.AdamW(list(masters.values()), lr=rate(0), betas=betas, weight_decay=weight_decay, fused=True)
+    return State(model, weights, masters, optimizer, rate, clip)
+
+
+def schedule(kind: str, peak: float, *, steps: int, warmup: float) -> Callable[[int], float]:
+    """Learning rate of step 0, 1, ...: a linear rise over `warmup` of the steps, then 'linear', 'cosine' (to 0) or 'constant'."""
+    rise = math.ceil(warmup * steps)
+
+    def rate(step: int) -> float:
+        if step < rise:
+            return peak * (step + 1) / rise
+        left = (steps - step) / max(1, steps - rise)
+        return peak * {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}[kind]
+
+    return rate
+
+
+# (parameters below, full, LoRA): docs/learning-rate.md says where each row comes from.
+LEARNING_RATES = ((1e6, 1e-4, 1e-3), (1e7, 1e-4, 1e-3), (1e8, 1e-5, 1e-4), (4e9, 1e-6, 1e-5), (4e10, 5e-7, 5e-6), (math.inf, 2e-7, 2e-6))
+
+SUPERVISED_RATES = ((1e7, 3e-3, 1e-2), (1e8, 1e-3, 3e-3), (1e9, 2e-4, 5e-4), (4e9, 2e-5, 2e-4), (4e10, 1e-5, 1e-4), (math.inf, 2e-6, 2e-5))
+
+
+def auto_rate(parameters: int, *, lora: bool, supervised: bool = False) -> tuple[float, str]:
+    """The learning rate that `--lr auto` means for a model of this size, and the reason in words."""
+    table = SUPERVISED_RATES if supervised else LEARNING_RATES
+    below, full, adapter = next(row for row in table if parameters < row[0])
+    rate = adapter if lora else full
+    bound = f"under {below:,.0f}" if below < math.inf else f"of {table[-2][0]:,.0f} or more"
+    return rate, f"{rate:g} for models {bound} parameters ({parameters:,} here), {'LoRA' if lora else 'all weights'}"
+
+
+def steps(store: Store, records: np.ndarray, order: Order, *, start: int, total: int, micro_tokens: int, columns: Mapping[str, np.ndarray],
+          share: bool, device: str) -> Iterator[Step]:  # fmt: skip
+    """The optimiser steps `start` to `total` of a run: each a function of the order and its number alone."""
+    for index in range(start, total):
+        chosen = records[order.records_of(index)]
+        step = make_step(store, chosen, micro_tokens=micro_tokens, columns=columns, share=share)
+        yield Step(tuple(b.to(device) for b in step.micro), step.records, step.totals)
+
+
+def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+    """Take every step; yield its metrics after the weights have moved.
+
+    Args:
+        where: per store record its 'file:line', to name the records of a step that went wrong.
+
+    Raises:
+        NumericsError: the loss or the gradient norm is not finite; weights and optimiser are as before the step.
+        OutOfMemoryError: the step did not fit; the message says what to lower.
+    """
+    for step in steps:
+        began = time.perf_counter()
+        lr = state.rate(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        for tensor in (*state.weights.values(), *state.masters.values()):
+            tensor.grad = None
+        try:
+            loss, sums = accumulate(state, step, objective)
+        except torch.OutOfMemoryError as error:
+            largest = max(len(b.tokens) for b in step.micro)
+            raise OutOfMemoryError(f"step {state.step + 1}: {largest} tokens in one pass did not fit; try --micro-tokens {largest // 2} "
+                                   "or --gradient-checkpointing") from error  # fmt: skip
+        norm = _norm(list(state.masters.values()))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericsError(f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite, so the step was not taken. "
+                                f"Its records: {_names(step.records, where)}")  # fmt: skip
+        if state.clip and norm > state.clip:
+            torch._foreach_mul_([m.grad for m in state.masters.values() if m.grad is not None], state.clip / norm)
+        state.optimizer.step()
+        publish(state)
+        state.step += 1
+        tokens, seconds = sum(len(b.tokens) for b in step.micro), time.perf_counter() - began
+        state.tokens += tokens
+        state.seconds += seconds
+        yield {"step": state.step, "loss": loss, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
+               "tokens_per_second": tokens / seconds, "seconds": state.seconds}  # fmt: skip
+
+
+def _names(records: Sequence[int], where: Sequence[str], most: int = 8) -> str:
+    names = [where[r] if where else f"#{r}" for r in records[:most]]
+    return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
+
+
+def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, dict[str, float]]:
+    """Gradients of the step's loss into the masters' .grad (fp32); returns the loss and the mean metrics.
+
+    Separable terms: each micro-batch forward and backward once. Batch statistics over several micro-batches: all columns first
+    without gradient, the gradient of the loss with respect to the columns, then each micro-batch again with that gradient.
+    """
+    several = len(step.micro) > 1 and not objective.separable
+    slopes = _column_slopes(state.model, step, objective) if several else [None] * len(step.micro)
+    loss, columns = 0.0, []
+    for batch, slope in zip(step.micro, slopes, strict=True):
+        scored = objective.score(state.model, batch)
+        columns.append(scored.each(Tensor.detach))
+        if slope is None:
+            part = total(objective.terms(scored, batch.table), step.totals)
+            loss += part.item()
+            part.backward()
+        else:
+            torch.autograd.backward(*zip(*((x, slope[name]) for name, x in _columns(scored) if x.requires_grad), strict=True))
+        _collect(state)
+    whole, table = join_columns(columns), join([b.table for b in step.micro])
+    terms = objective.terms(whole, table)
+    if several:
+        loss = total(terms, step.totals).item()
+    sums = {name: float(values.mean()) for name, values in objective.metrics(whole, table).items() if len(values)}
+    if len(terms) > 1:
+        sums |= {f"loss/{name}": float(value) / step.totals[den] for name, (value, den) in terms.items() if step.totals[den]}
+    return loss, sums
+
+
+def _columns(columns: Columns) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in vars(columns).items() if x is not None]
+
+
+def _column_slopes(model: Any, step: Step, objective: Objective) -> list[dict[str, Tensor]]:
+    """d loss / d column of every micro-batch, for every column there is."""
+    with torch.no_grad():
+        columns = [objective.score(model, batch).each(Tensor.requires_grad_) for batch in step.micro]
+    whole = total(objective.terms(join_columns(columns), join([b.table for b in step.micro])), step.totals)
+    leaves = [x for c in columns for _, x in _columns(c)]
+    slopes = iter(torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True))
+    return [{name: next(slopes) for name, _ in _columns(c)} for c in columns]
+
+
+def _collect(state: State) -> None:
+    """Add gradients of weights in a short format to their fp32 masters."""
+    for name, weight in state.weights.items():
+        master = state.masters[name]
+        if master is not weight and weight.grad is not None:
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+
+
+def publish(state: State) -> None:
+    """Copy the masters into the weights that the forward pass uses."""
+    with torch.no_grad():
+        for name, weight in state.weights.items():
+            if state.masters[name] is not weight:
+                weight.copy_(state.masters[name])
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    grads = [t.grad for t in tensors if t.grad is not None]
+    return float(torch.stack(torch._foreach_norm(grads)).double().norm()) if grads else 0.0
+
+
+# ---------------------------------------------------------------- saving and restoring
+
+
+def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
+    """The run's tensors by file: the trained weights (masters) and the optimiser's moments."""
+    moments: dict[str, Tensor] = {}
+    for name, master in state.masters.items():
+        for key, value in state.optimizer.state.get(master, {}).items():
+            moments[f"{name}|{key}"] = value
+    return {"weights": {n: m.detach() for n, m in state.masters.items()}, "optimizer": moments}
+
+
+def state_numbers(state: State) -> dict[str, Any]:
+    """The run's counters."""
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds}
+
+
+def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put a checkpoint back, bit for bit. Raises KeyError-free: names must match exactly (checked by the caller's fingerprints)."""
+    assert weights.keys() == state.masters.keys(), "the checkpoint holds other weights than this run trains"
+    with torch.no_grad():
+        for name, master in state.masters.items():
+            master.copy_(weights[name])
+    publish(state)
+    for key, value in moments.items():
+        name, _, slot = key.rpartition("|")
+        state.optimizer.state[state.masters[name]][slot] = value.clone()
+    state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])

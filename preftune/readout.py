@@ -1,0 +1,156 @@
+"""From a batch to numbers: the only room that touches hidden states and vocabulary-sized logits.
+
+The head is the model's own module with its own scale and soft-cap, run over a few targets at a time, so that logits for all tokens
+never exist. Log-softmax is taken in fp32 (or in the model's precision where that is higher).
+
+    hidden = hidden_states(model, batch)             # (T, D)
+    logps = token_logps(model, hidden, batch)        # (N,) log pi(target | prefix)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .batches import Batch
+
+LOGITS = 1 << 23  # logits that may exist at once: 32 MB in fp32
+
+
+def packs(model: Any) -> bool:
+    """Whether the model reads a segment table (set by `models.load`; otherwise it is run one row at a time)."""
+    return bool(getattr(model, "reads_segments", False))
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM below its head, inside a LoRA wrapper or not."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.get_decoder()
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Last hidden state of every token of a batch, (T, D): packed, or row by row where the model cannot read a table.
+
+    A batch for row-by-row must have been made with `share=False`.
+    """
+    decoder = decoder_of(model)
+    if packs(model):
+        # A ready-made 4D mask keeps transformers from building its own; segment_attention does not read it.
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device)
+        out = decoder(input_ids=batch.tokens[None], position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
+                      segments=batch.segments)  # fmt: skip
+        return out.last_hidden_state[0]
+    if any(p >= 0 for p in batch.segments.prefix):
+        raise AssertionError("a model without a segment table was given a shared-prompt batch")
+    rows = [decoder(input_ids=batch.tokens[None, a:b], use_cache=False).last_hidden_state[0] for a, b in batch.segments.trees]
+    return torch.cat(rows)
+
+
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """hidden (n, D) -> logits (n, V) as the model itself makes them: its head module, its scale, its soft-cap."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, module = inner.config, inner.get_output_embeddings()
+    divide = getattr(config, "logits_scaling", None)  # Granite
+    multiply = getattr(config, "logit_scale", None)  # Cohere
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = module(hidden)
+        if divide is not None:
+            logits = logits / divide
+        if multiply is not None:
+            logits = logits * multiply
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return head
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _logps(head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:
+    logits = _wide(head(hidden))
+    return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _collisions(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    logits = _wide(head(hidden))
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
+def _chunk(vocabulary: int) -> int:
+    return max(1, LOGITS // vocabulary)
+
+
+def token_logps(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """log pi(target | prefix) of every target, (N,) fp32. More than one chunk of logits is recomputed in the backward pass."""
+    head, size = head_of(model), _chunk(vocabulary_of(model))
+    states = hidden[batch.hidden]
+    if len(states) <= size:
+        return _logps(head, states, batch.target)
+    parts = []
+    for a in range(0, len(states), size):
+        piece, target = states[a : a + size], batch.target[a : a + size]
+        kept = torch.is_grad_enabled()
+        parts.append(checkpoint(_logps, head, piece, target, use_reentrant=False) if kept else _logps(head, piece, target))
+    return torch.cat(parts)
+
+
+def token_collisions(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """log sum_v pi(v | prefix)^2 at the prefix of every target, (N,), without gradient: how sure the policy is of its next token."""
+    head, states = head_of(model), hidden[batch.hidden]
+    with torch.no_grad():
+        return torch.cat([_collisions(head, piece) for piece in states.split(_chunk(vocabulary_of(model)))])
+
+
+def vocabulary_of(model: Any) -> int:
+    """Width of the head."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return int(inner.get_output_embeddings().weight.shape[0])
+
+
+@contextmanager
+def as_reference(model: Any, reference: Any | None) -> Iterator[Any]:
+    """The frozen model: `reference` itself, or, where it is None, the same model with the adapter of this run switched off."""
+    if reference is not None:
+        yield reference
+    else:
+        with model.disable_adapter():
+            yield model
+
+
+def prefix_kl(policy: Any, policy_hidden: Tensor, reference: Any | None, reference_hidden: Tensor, batch: Batch) -> Tensor:
+    """KL(pi(.|s_t) || ref(.|s_t)) at the prefix of every target, (N,) fp32, nats; without gradient.
+
+    Summed over a response that pi sampled at temperature 1 it is the Rao-Blackwell estimate of the sequence KL (arXiv:2504.10637).
+    """
+    parts, size = [], max(1, _chunk(vocabulary_of(policy)) // 2)
+    with torch.no_grad():
+        for a in range(0, len(batch.hidden), size):
+            index = batch.hidden[a : a + size]
+            log_pi = _wide(head_of(policy)(policy_hidden[index])).log_softmax(-1)
+            with as_reference(policy, reference) as frozen:
+                log_ref = _wide(head_of(frozen)(reference_hidden[index])).log_softmax(-1)
+            # 0 log 0 = 0: a token that pi never takes contributes nothing, whatever the reference says of it.
+            parts.append(torch.where(log_pi == -torch.inf, 0, log_pi.exp() * (log_pi - log_ref)).sum(-1))
+    return torch.cat(parts)
+
+
+def response_sums(values: Tensor, batch: Batch) -> Tensor:
+    """Sum per-target values (N,) into responses (R,), in float64."""
+    out = torch.zeros(batch.responses, dtype=torch.float64, device=values.device)
+    return out.index_add(0, batch.response, values.double())
+
+
+def response_rows(values: Tensor, batch: Batch) -> Tensor:
+    """Per-target values (N,) as one row per response, zero after its end: (R, T), T the longest response, in float64."""
+    count = torch.bincount(batch.response, minlength=batch.responses)
+    place = torch.arange(len(values), device=values.device) - (count.cumsum(0) - count)[batch.response]  # targets stand in order
+    out = torch.zeros(batch.responses, int(count.max()), dtype=torch.float64, device=values.device)
+    return out.index_put((batch.response, place), values.double())

@@ -1,0 +1,73 @@
+"""The reference as data: per-token log-probs of the frozen model, computed once, kept under a fingerprint, reused by every run.
+
+The column is a float32 array parallel to the store's tokens. Its fingerprint covers final ids and masks, weights, and number format;
+not beta, loss, seed, batch size or output folder. Touches readout and files; the model comes from the caller.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .batches import make_batch, split
+from .files import fingerprint, publish_file
+from .readout import hidden_states, packs, token_logps
+from .store import Store
+
+
+def cache_folder() -> Path:
+    """Where columns are kept: $PREFTUNE_CACHE, else the user's cache folder."""
+    home = os.environ.get("PREFTUNE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "preftune"
+    )
+    return Path(home) / "reference"
+
+
+def identity(store: Store, weights: str, *, dtype: str, device: str) -> str:
+    """Fingerprint of a column. `weights` is `models.weights_fingerprint` of the model as given."""
+    return fingerprint("reference-1", store.identity(), weights, dtype, device.split(":")[0], torch.__version__)
+
+
+def compute(model: Any, store: Store, *, micro_tokens: int, device: str = "cpu",
+            progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:  # fmt: skip
+    """log ref(token | prefix) at every trained token of the store, 0 elsewhere: (N,) float32.
+
+    Args:
+        progress: called with (records done, records in all).
+    """
+    column = np.zeros(len(store.tokens), np.float32)
+    share, done = packs(model), 0
+    with torch.inference_mode():
+        for group in split(store, range(len(store)), micro_tokens, share=share):
+            batch = make_batch(store, group, share=share).to(device)
+            column[batch.slot.cpu().numpy()] = token_logps(model, hidden_states(model, batch), batch).float().cpu().numpy()
+            done += len(group)
+            progress(done, len(store))
+    return column
+
+
+def fetch(model: Any, store: Store, key: str, *, micro_tokens: int, device: str = "cpu",
+          progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[np.ndarray, bool]:  # fmt: skip
+    """The column from the cache, or computed and put there. Returns (column, whether it was reused)."""
+    path = cache_folder() / f"{key}.npy"
+    if path.is_file():
+        try:
+            column = np.load(path, allow_pickle=False)
+            if column.shape == store.tokens.shape and column.dtype == np.float32 and np.isfinite(column).all():
+                return column, True
+        except ValueError:
+            pass  # a damaged cache entry is computed again; the self-check compares a fresh sample in any case
+    column = compute(model, store, micro_tokens=micro_tokens, device=device, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish_file(path, lambda temporary: _write(temporary, column))
+    return column, False
+
+
+def _write(path: Path, column: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, column, allow_pickle=False)

@@ -1,0 +1,285 @@
+"""The token store: every record's ids in flat arrays, with the comparisons as indices into them.
+
+One array of tokens, one table of segments (a prompt is a segment, each response a segment whose parent is the prompt's), and the
+pairs and verdicts as segment numbers. Columns such as the reference's log-probs are arrays parallel to `tokens`. numpy only.
+Records are taken one at a time; with a folder the arrays grow on the disk and are mapped, so that memory does not grow with them.
+
+    store, intake = build(records, codec, max_length=512)
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .files import disk, fingerprint
+from .records import Places, Record, pairs, verdicts
+from .tokens import Codec, Encoded, encode
+
+CONTEXT, MISMATCHED = -1, -2
+
+
+@dataclass(frozen=True)
+class Store:
+    """R records, S segments, N tokens.
+
+    Args:
+        tokens: (N,) int32 ids. trained: (N,) bool, ids that the model has to produce.
+        start: (S+1,) int64, segment s is tokens[start[s]:start[s+1]]. parent: (S,) int64, prefix segment or -1.
+        response: (S,) int64: index in the record, CONTEXT for a prompt, MISMATCHED for another record's response.
+        record_start: (R+1,) int64: record r owns segments record_start[r]:record_start[r+1]; a parent precedes its children.
+        pair: (P, 2) int64 segments chosen, rejected. pair_prob, pair_weight: (P,) float64. pair_start: (R+1,) int64.
+        verdict: (U,) int64 segments. verdict_good: (U,) bool. verdict_weight: (U,) float64. verdict_start: (R+1,) int64.
+        where: per record 'file:line' or its id.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    start: np.ndarray
+    parent: np.ndarray
+    response: np.ndarray
+    record_start: np.ndarray
+    pair: np.ndarray
+    pair_prob: np.ndarray
+    pair_weight: np.ndarray
+    pair_start: np.ndarray
+    verdict: np.ndarray
+    verdict_good: np.ndarray
+    verdict_weight: np.ndarray
+    verdict_start: np.ndarray
+    where: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.record_start) - 1
+
+    def chain(self, segment: int) -> list[int]:
+        """The segment's ancestors, root first, and itself."""
+        out = [segment]
+        while (parent := int(self.parent[out[-1]])) >= 0:
+            out.append(parent)
+        return out[::-1]
+
+    def identity(self) -> str:
+        """Fingerprint of the final ids and masks: what the reference column depends on."""
+        return fingerprint("store-1", self.tokens, self.trained, self.start, self.parent, self.response)
+
+
+@dataclass
+class Intake:
+    """What became of the records: read = kept + sum(dropped)."""
+
+    read: int = 0
+    kept: array = field(default_factory=lambda: array("q"))  # indices of the records that were kept
+    dropped: Counter[str] = field(default_factory=Counter)
+    refused: list[DataError] = field(default_factory=list)
+    cases: Counter[str] = field(default_factory=Counter)
+    lengths: array = field(default_factory=lambda: array("i"))  # longest chain of each record, dropped ones included
+
+    def drop(self, reason: str, error: DataError) -> None:
+        self.dropped[reason] += 1
+        self.refused.append(error)
+
+
+def kind_of(error: DataError) -> str:
+    """What kind of refusal it is, in the words of the manifest."""
+    return "control token in the text" if "control token" in error.reason else error.reason.split(":")[0]
+
+
+def too_long(record: Record, encoded: Encoded, max_length: int | None) -> str | None:
+    """Which part does not fit, in the words of the manifest."""
+    if max_length is None:
+        return None
+    if len(encoded.prompt) >= max_length:
+        return "prompt too long"
+    over = [i for i, ids in enumerate(encoded.responses) if len(encoded.prompt) + len(ids) > max_length]
+    if not over:
+        return None
+    sides = {side for p in pairs(record) for side, i in (("chosen", p.chosen), ("rejected", p.rejected)) if i in over}
+    if len(sides) == 2:
+        return "both responses too long"
+    return f"{sides.pop()} too long" if sides else "response too long"
+
+
+CODES = {"i": np.int32, "q": np.int64, "d": np.float64, "b": np.bool_}  # array's type codes
+FLUSH = 1 << 16  # values that a column on the disk keeps in memory
+HEADER = 128  # bytes of an .npy header; its length is written when the count is known
+
+
+class _Column:
+    """A growing array: in memory, or an .npy file of `folder` of which a few thousand values are in memory."""
+
+    def __init__(self, code: str, name: str, folder: Path | None) -> None:
+        self.values, self.written = array(code), 0
+        self.path = folder / f"{name}.npy" if folder else None
+        self.file = open(self.path, "wb") if self.path else None  # noqa: SIM115 - `freeze` closes it
+        if self.file:
+            self.file.write(bytes(HEADER))
+
+    def __len__(self) -> int:
+        return self.written + len(self.values)
+
+    def extend(self, values: Iterable[Any]) -> None:
+        self.values.extend(values)
+        if self.file and len(self.values) >= FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self.file is not None
+        with disk(self.path, needed=len(self.values) * self.values.itemsize):
+            self.values.tofile(self.file)
+        self.written += len(self.values)
+        del self.values[:]
+
+    def freeze(self) -> np.ndarray:
+        """The array; one on the disk is mapped, so that its name may be deleted at once."""
+        kind = np.dtype(CODES[self.values.typecode])
+        if self.file is None:
+            return np.frombuffer(self.values, kind)
+        self._flush()
+        text = str({"descr": kind.str, "fortran_order": False, "shape": (self.written,)}).encode()
+        head = b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little")
+        with disk(self.path):
+            self.file.seek(0)
+            self.file.write(head + text.ljust(HEADER - 11) + b"\n")
+            self.file.close()
+        return np.load(str(self.path), mmap_mode="r", allow_pickle=False) if self.written else np.zeros(0, kind)
+
+
+class _Columns:
+    """Growing columns that become the store's arrays."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        def column(code: str, name: str) -> _Column:
+            return _Column(code, name, folder)
+
+        self.tokens, self.trained, self.start = column("i", "tokens"), column("b", "trained"), column("q", "start")
+        self.parent, self.response = column("q", "parent"), column("q", "response")
+        self.record_start, self.pair_start, self.verdict_start = (column("q", f"{n}_start") for n in ("record", "pair", "verdict"))
+        self.pair, self.pair_prob, self.pair_weight = column("q", "pair"), column("d", "pair_prob"), column("d", "pair_weight")
+        self.verdict, self.good, self.verdict_weight = column("q", "verdict"), column("b", "verdict_good"), column("d", "verdict_weight")
+        self.where = Places()
+        for starts in (self.start, self.record_start, self.pair_start, self.verdict_start):
+            starts.extend((0,))
+
+    def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int) -> int:
+        self.tokens.extend(ids)
+        self.trained.extend(trained)
+        self.start.extend((len(self.tokens),))
+        self.parent.extend((parent,))
+        self.response.extend((response,))
+        return len(self.parent) - 1
+
+    def prompt(self, ids: Sequence[int]) -> int:
+        """A segment that nothing comes before and nobody trains."""
+        return self.segment(ids, (False,) * len(ids), -1, CONTEXT)
+
+    def close(self, record: Record, root: int) -> None:
+        """End a record whose prompt is segment `root`: what is said of its responses, and where it stands."""
+        for pair in pairs(record):
+            self.pair.extend((root + 1 + pair.chosen, root + 1 + pair.rejected))
+            self.pair_prob.extend((pair.prob,))
+            self.pair_weight.extend((pair.weight,))
+        for index, good, weight in verdicts(record):
+            self.verdict.extend((root + 1 + index,))
+            self.good.extend((good,))
+            self.verdict_weight.extend((weight,))
+        self.record_start.extend((len(self.parent),))
+        self.pair_start.extend((len(self.pair_prob),))
+        self.verdict_start.extend((len(self.verdict),))
+        self.where.append(record.where or record.id)
+
+    def freeze(self) -> Store:
+        return Store(
+            tokens=self.tokens.freeze(), trained=self.trained.freeze(), start=self.start.freeze(), parent=self.parent.freeze(),
+            response=self.response.freeze(), record_start=self.record_start.freeze(), pair=self.pair.freeze().reshape(-1, 2),
+            pair_prob=self.pair_prob.freeze(), pair_weight=self.pair_weight.freeze(), pair_start=self.pair_start.freeze(),
+            verdict=self.verdict.freeze(), verdict_good=self.good.freeze(), verdict_weight=self.verdict_weight.freeze(),
+            verdict_start=self.verdict_start.freeze(), where=self.where)  # fmt: skip
+
+
+def unfit(records: Iterable[Record], codec: Codec, *, max_length: int | None) -> list[bool]:
+    """Per record whether `build` would leave it out."""
+    return [isinstance(result, DataError) or too_long(record, result, max_length) is not None
+            for record, result in encode(records, codec)]  # fmt: skip
+
+
+def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mismatched: bool = False,
+          folder: Path | None = None) -> tuple[Store, Intake]:  # fmt: skip
+    """Encode records into a store, one at a time. What cannot be encoded or does not fit is left out, counted by reason and listed.
+
+    Args:
+        max_length: longest prompt+response in tokens, or None for no limit. Nothing is ever cut.
+        mismatched: give each record one more segment, another record's response after this record's prompt (KTO's baseline).
+        folder: keep the arrays there as .npy files, mapped into memory; they may be deleted once this returns. None: in memory.
+    """
+    intake, columns = Intake(), _Columns(folder)
+    kept = _kept(records, codec, max_length, intake)
+    for record, encoded, others in _with_others(kept) if mismatched else ((r, e, ()) for r, e in kept):
+        root = columns.prompt(encoded.prompt)
+        for i, (ids, trained) in enumerate(zip(encoded.responses, encoded.trained, strict=True)):
+            columns.segment(ids, trained, root, i)
+        # The first of the records after this one whose response fits: a fixed partner, so that its reference column can be built.
+        for other in others:
+            if not max_length or len(encoded.prompt) + len(other.responses[0]) <= max_length:
+                columns.segment(other.responses[0], other.trained[0], root, MISMATCHED)
+                break
+        columns.close(record, root)
+    return columns.freeze(), intake
+
+
+def _kept(records: Iterable[Record], codec: Codec, max_length: int | None, intake: Intake) -> Iterator[tuple[Record, Encoded]]:
+    """What can be used, the rest entered into `intake`."""
+    for index, (record, result) in enumerate(encode(records, codec)):
+        intake.read += 1
+        if isinstance(result, DataError):
+            intake.drop(kind_of(result), result)
+            continue
+        intake.lengths.append(len(result.prompt) + max(map(len, result.responses)))
+        if reason := too_long(record, result, max_length):
+            path, _, line = record.where.rpartition(":")
+            found = f"{intake.lengths[-1]} tokens; the limit is {max_length}"
+            intake.drop(reason, DataError(f"{reason}: {found}", path=path or None, line=int(line) if line.isdigit() else None))
+            continue
+        intake.cases.update(result.cases)
+        intake.kept.append(index)
+        yield record, result
+
+
+def _with_others(kept: Iterable[tuple[Record, Encoded]]) -> Iterator[tuple[Record, Encoded, list[Encoded]]]:
+    """Each record with the (up to) 31 after it; those of the last ones are the first ones."""
+    head: list[Encoded] = []
+    window: deque[tuple[Record, Encoded]] = deque()
+    count = 0
+    for record, encoded in kept:
+        count += 1
+        if len(head) < 31:
+            head.append(encoded)
+        window.append((record, encoded))
+        if len(window) == 32:
+            first = window.popleft()
+            yield (*first, [e for _, e in window])
+    while window:
+        first = window.popleft()
+        yield (*first, [*(e for _, e in window), *head][: min(count, 32) - 1])
+
+
+def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Store:
+    """A store of rollouts: token ids as they were sampled, never re-tokenised text. One record a prompt, without judgements.
+
+    Args:
+        prompts: per record its ids. responses: per record, per sample, its ids (none empty).
+    """
+    columns = _Columns()
+    for prompt, answers in zip(prompts, responses, strict=True):
+        root = columns.prompt(prompt)
+        for i, ids in enumerate(answers):
+            columns.segment(ids, (True,) * len(ids), root, i)
+        columns.close(Record("", ()), root)
+    return columns.freeze()
