@@ -1,0 +1,456 @@
+"""What every verb that trains on files does: files in, a run directory with a model and its evidence out.
+
+read -> audit -> ids -> split by prompt -> reference column -> self-check -> sample -> train -> sample -> model, results, report.
+A verb says what it minimises and which records it reads (`Task`); all else is the same. `--resume` finds all it needs in the run
+directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import audit, checkpoints, engine, models, reference, report, runs, selfcheck
+from .batches import Order
+from .config import Training, load_config, resolved_yaml
+from .config import build as build_options
+from .errors import CheckpointError, DataError, NumericsError, UsageError
+from .evaluate import Drawn, draw, held_out, paired_difference, summary
+from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, write_json
+from .formats import identity, read
+from .objectives import Objective
+from .readout import packs
+from .records import Record, Text, merge, prompt_key
+from .rewards import rule
+from .screen import bar, clean, say
+from .store import Store, build, unfit
+from .tokens import Codec, make_codec
+
+
+@dataclass(frozen=True)
+class Task:
+    """What sets one training verb apart from another.
+
+    Args:
+        verb: its name. options: its options class. objective: options -> what to minimise.
+        select: (records, options) -> the records as they are trained on; raises DataError where there is nothing to learn from.
+        then: run folder -> the command that a person would want next.
+    """
+
+    verb: str
+    options: type[Training]
+    objective: Callable[[Any], Objective]
+    select: Callable[[list[Record], Any], list[Record]]
+    then: Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a run stands on, checked.
+
+    Args:
+        model: the policy. frozen: the reference model, or None where it is the policy with its adapter off.
+        train, held: store records. prompts: held-out prompts to sample from. manifest: what will be written of all this.
+    """
+
+    model: Any
+    frozen: Any | None
+    tokenizer: Any
+    codec: Codec
+    store: Store
+    train: np.ndarray
+    held: np.ndarray
+    prompts: list[Text]
+    columns: Mapping[str, np.ndarray]
+    objective: Objective
+    rule: Any | None
+    order: Order
+    lr: float
+    device: str
+    manifest: dict[str, Any]
+
+
+def run(task: Task, options: Training) -> int:
+    """Train. Raises PreftuneError with the exit code of what went wrong; nothing half-written is left behind."""
+    if options.resume is not None:
+        folder = Path(options.resume)
+        if not (folder / "config.yaml").is_file():
+            raise UsageError(f"--resume {folder}: no config.yaml there, so this is not a run folder")
+        with run_lock(folder):
+            return _resume(task, folder)
+    folder = Path(str(options.output))
+    require_new(folder)
+    setup = prepare(task, options)
+    require_new(folder)
+    with runs.publish_folder(folder, owned=False) as staging:  # a folder with a configuration is always a whole run folder
+        atomic_write(staging / "config.yaml", resolved_yaml(options))
+        write_json(staging / "manifest.json", setup.manifest)
+    with run_lock(folder):
+        return _train(task, options, folder, setup, None)
+
+
+def _resume(task: Task, folder: Path) -> int:
+    before = read_json(folder / "manifest.json")
+    if before["stage"] != task.verb:
+        raise UsageError(
+            f"--resume {folder}: this is a run of {before['stage']}; continue it with preftune {before['stage']} --resume {folder}"
+        )
+    options = build_options(task.options, load_config(str(folder / "config.yaml"), task.options))
+    found = checkpoints.latest(folder)
+    if (folder / "results.json").is_file():
+        say(f"{folder}: this run is finished")
+        return 0
+    for reason in found.skipped if found else ():
+        say(f"checkpoint skipped: {reason}")
+    setup = prepare(task, options, fresh=False)
+    runs.refuse_changes(folder, before["fingerprints"], setup.manifest["fingerprints"])
+    if before["hardware"]["threads"] != setup.manifest["hardware"]["threads"]:
+        raise CheckpointError(f"{folder}: the run used {before['hardware']['threads']} threads, now it would be "
+                              f"{setup.manifest['hardware']['threads']}: set 'threads' in {folder}/config.yaml")  # fmt: skip
+    return _train(task, options, folder, setup, found)
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def read_records(task: Task, options: Training) -> tuple[list[Record], int, dict[str, Any]]:
+    """Records to train on followed by those held out, how many are the former (-1: split later), and the counts."""
+    reading = read(options.data, format=options.format, skip_bad=options.skip_bad, max_records=options.max_records,
+                   from_scores=options.from_scores)  # fmt: skip
+    facts: dict[str, Any] = {"read": len(reading.records), "layout": reading.layout, "unreadable": len(reading.skipped)}
+    records = task.select(list(reading.records), options)
+    facts["nothing_to_learn"] = len(reading.records) - len(records)
+    facts["unreadable_by_reason"] = {
+        k.removeprefix("skipped: "): n for k, n in reading.counts.items() if k.startswith("skipped: ")
+    }
+    facts["shown"] = [str(e) for e in reading.skipped[:100]]
+    if reading.skipped:
+        say(f"left out {len(reading.skipped)} unusable rows, the first: {clean(str(reading.skipped[0]))}")
+    first = -1
+    if options.eval_data:
+        held_out = read(options.eval_data, format=options.format, skip_bad=options.skip_bad, from_scores=options.from_scores)
+        held = task.select(list(held_out.records), options)
+        shared = audit.leaks(records, held)
+        if shared and "leak" not in options.allow:
+            lines = audit.sample_lines(shared)
+            raise DataError(
+                f"{len(shared)} held-out prompts stand in the training data too ({lines}); remove them, or --allow leak"
+            )
+        first, facts["leaks"] = len(records), len(shared)
+        records += held
+    found = audit.inspect(records)
+    facts["audit"] = found.numbers()
+    if found.equal and "equal" not in options.allow:
+        if len(found.equal) > audit.EQUAL_SHARE * max(1, found.pairs) and not options.skip_bad:
+            lines = audit.sample_lines(found.equal)
+            raise DataError(f"{len(found.equal)} of {found.pairs} pairs have two equal sides ({lines}); mend the file, "
+                            "or --skip-bad leaves them out, --allow equal trains on them")  # fmt: skip
+        first = first if first < 0 else first - sum(map(audit.is_equal, records[:first]))
+        records, gone = audit.without_equal(records)
+        facts["equal_left_out"] = len(gone)
+        say(f"left out {len(gone)} records whose two sides are equal: {audit.sample_lines(gone)}")
+    if found.contradicting and "contradicting" not in options.allow:
+        say(f"{len(found.contradicting)} records contradict an earlier one: {audit.sample_lines(found.contradicting)}")
+    share = audit.unfinished_share(records)
+    if options.finish == "auto" and share > 0.5:
+        say(f"{share:.0%} of the responses do not end like a sentence; if they were cut, say --finish never")
+    return records, first, facts
+
+
+def split_by_prompt(records: list[Record], holdout: float, seed: int) -> np.ndarray:
+    """True for records held out: a seeded share of the distinct prompts, at least one where `holdout` is above 0."""
+    keys = list(dict.fromkeys(prompt_key(r) for r in records))
+    count = min(len(keys) - 1, max(1, round(holdout * len(keys)))) if holdout else 0
+    chosen = {keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:count]}
+    return np.array([prompt_key(r) in chosen for r in records], dtype=bool)
+
+
+def merge_prompts(records: list[Record], first: int, codec: Codec, max_length: int | None) -> tuple[list[Record], int, int]:
+    """Judged records that share a prompt as one record, on either side of the split; how many the training ones are; how many went.
+
+    One that could not be used by itself stays by itself, so that its fault takes no other judgement with it.
+    """
+    count = Counter(prompt_key(r) for r in records if r.judgements or r.labels is not None)
+    shared = [i for i, r in enumerate(records) if count[prompt_key(r)] > 1]
+    bad = unfit((records[i] for i in shared), codec, max_length=max_length)
+    alone = {i for i, out in zip(shared, bad, strict=True) if out or not (records[i].judgements or records[i].labels is not None)}
+    size = len(records) if first < 0 else first
+    train, held = merge(records[:size], apart=alone), merge(records[size:], apart={i - size for i in alone})
+    gone = len(records) - len(train) - len(held)
+    if gone:
+        say(f"merged {gone} records into an earlier one with their prompt: {len(train) + len(held)} left")
+    return train + held, -1 if first < 0 else len(train), gone
+
+
+def encode_records(records: list[Record], codec: Codec, options: Training, model: Any, *, mismatched: bool) -> tuple[Store, Any]:
+    """The store, or DataError where too much had to be left out."""
+    window = models.window_of(model.config)
+    if options.max_length and window and options.max_length > window:
+        raise UsageError(f"--max-length {options.max_length}: the model has {window} positions")
+    store, intake = build(records, codec, max_length=options.max_length or window, mismatched=mismatched)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in intake.dropped.most_common())
+    if not len(store):
+        need = f"; the shortest record needs {min(intake.lengths)} tokens" if intake.lengths else ""
+        raise DataError(f"no record can be used: {reasons}{need}; first: {intake.refused[0]}")
+    unencodable = {k: v for k, v in intake.dropped.items() if not k.endswith("too long")}
+    if unencodable and not options.skip_bad:
+        first = next(e for e in intake.refused if "too long" not in e.reason)
+        raise DataError(
+            f"{sum(unencodable.values())} records cannot be encoded; first: {first} (--skip-bad leaves them out and counts them)"
+        )
+    if reasons:
+        say(f"left out {sum(intake.dropped.values())} of {intake.read} records: {reasons}")
+    return store, intake
+
+
+def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
+    """Read, audit, encode, split, load, build the reference column and check everything; writes nothing but the column's cache."""
+    torch.manual_seed(options.seed)
+    objective = task.objective(options)
+    scoring = rule(options.eval_reward) if options.eval_reward else None
+    device = models.pick_device(options.device)
+    records, first, facts = read_records(task, options)
+    say(f"read {facts['read']} records ({facts['layout']})")
+    model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+    size = models.parameters_of(model)
+    torch.set_num_threads(options.threads or (1 if size < 1_000_000 else os.cpu_count() or 1))
+    if refusal := models.packing_refusal(model.config):
+        say(f"one row per response: {refusal}")
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish)
+    records, first, facts["merged"] = merge_prompts(records, first, codec, options.max_length or models.window_of(model.config))
+    store, intake = encode_records(records, codec, options, model, mismatched=objective.mismatched)
+    kept = [records[i] for i in intake.kept]
+    held = split_by_prompt(kept, options.holdout, options.seed) if first < 0 else np.array([i >= first for i in intake.kept])
+    train = np.flatnonzero(~held & _judged(store, objective))
+    if not len(train):
+        hint = "; --from-scores best-worst (or all) makes judgements of their scores" if facts["audit"]["scored"] else ""
+        raise DataError(f"no training record has {objective.reads}{hint}")
+    base = models.weights_fingerprint(str(options.model), offline=options.offline)
+    key = reference.identity(store, base, dtype=options.dtype, device=device)
+    columns = _columns(model, store, key, objective, options, device)
+    held_index = np.flatnonzero(held & _judged(store, objective))
+    found = selfcheck.check(model, store, train, objective, columns, codec, dtype=options.dtype, device=device, fresh=True)
+    say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
+        + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
+    frozen = None
+    if options.lora:
+        model = models.add_lora(
+            model, rank=options.lora, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed
+        )
+    elif options.eval_prompts:
+        frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+    if options.gradient_checkpointing:
+        models.checkpoint_layers(model)
+    lr, reason = engine.auto_rate(size, lora=bool(options.lora), supervised=objective.reads == "responses")
+    lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
+    say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
+    order = Order(len(train), options.batch_size, options.epochs, options.seed)
+    if (options.max_steps or order.steps) < 50 and fresh:
+        say(
+            f"only {min(options.max_steps or order.steps, order.steps)} steps: more epochs or a smaller --batch-size would train further"
+        )
+    facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(intake.dropped),
+              "encoding": dict(intake.cases), "refused": [str(e) for e in intake.refused[:100]]}  # fmt: skip
+    data = fingerprint([identity(p) for p in (*options.data, *options.eval_data)], options.from_scores)
+    if scoring:
+        facts["eval_reward"] = {"rule": scoring.name, "sha256": sha256_file(scoring.path)}
+    manifest = {
+        "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
+        "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
+                         "template": fingerprint(codec.describe()), "base": base, "reference": key},
+        "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
+        "audit": facts["audit"], "self_check": found, "parameters": size, "learning_rate": lr, "learning_rate_reason": reason,
+        "packed": packs(model), "loss": objective.name,
+    }  # fmt: skip
+    prompts = prompts_to_sample(kept, store, held, options, models.window_of(model.config))
+    return Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
+                 manifest)  # fmt: skip
+
+
+def prompts_to_sample(records: list[Record], store: Store, held: np.ndarray, options: Training, window: int | None) -> list[Text]:
+    """The first distinct held-out prompts after which a sample of full length still has positions."""
+    size = np.diff(store.start)[store.record_start[:-1]]
+    fits = held & (size + options.sample_tokens <= window) if window else held
+    prompts = list({prompt_key(records[i]): records[i].prompt for i in np.flatnonzero(fits)}.values())
+    if options.eval_prompts and fits.sum() < held.sum():
+        say(
+            f"{held.sum() - fits.sum()} held-out prompts leave no room for --sample-tokens {options.sample_tokens} and are not sampled from"
+        )
+    return prompts[: options.eval_prompts]
+
+
+def _judged(store: Store, objective: Objective) -> np.ndarray:
+    """Store records with something to learn from, as this objective reads them."""
+    starts = {"pairs": store.pair_start, "verdicts": store.verdict_start, "responses": store.record_start}[objective.reads]
+    return np.diff(starts) > 0
+
+
+def _columns(model: Any, store: Store, key: str, objective: Objective, options: Training, device: str) -> dict[str, np.ndarray]:
+    if objective.reference == "none":
+        return {}
+    with bar("reference", len(store)) as advance:
+        column, reused = reference.fetch(model, store, key, micro_tokens=options.micro_tokens, device=device, progress=advance)
+    say(f"reference log-probs: {'reused' if reused else 'computed'} ({store.trained.sum():,} tokens)")
+    return {"reference": column}
+
+
+# ---------------------------------------------------------------- training
+
+
+def _evaluate(options: Training, setup: Setup, step: int) -> tuple[dict[str, Any], Drawn | None]:
+    """One evaluation line and the samples behind it. The sampling seed never changes: before and after are paired."""
+    line: dict[str, Any] = {"step": step, "epoch": step / setup.order.per_epoch}
+    if len(setup.held):
+        found = held_out(setup.model, setup.objective, setup.store, setup.held, setup.columns, micro_tokens=options.micro_tokens,
+                         device=setup.device)  # fmt: skip
+        line |= {f"eval/{name}": value for name, value in found.items()}
+        if not math.isfinite(line["eval/loss"]):
+            raise NumericsError(f"step {step}: the held-out loss is {line['eval/loss']:g}; the last checkpoint is from before")
+    if not setup.prompts:
+        return line, None
+    drawn = draw(setup.model, setup.frozen, setup.codec, setup.prompts, rule=setup.rule, max_tokens=options.sample_tokens,
+                 k=options.eval_samples, seed=options.seed, micro_tokens=options.micro_tokens, device=setup.device)  # fmt: skip
+    return line | summary(drawn), drawn
+
+
+def _sample_rows(setup: Setup, drawn: Drawn, step: int) -> list[dict[str, Any]]:
+    out = []
+    for i, prompt in enumerate(setup.prompts):
+        shown = prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
+        for j, text in enumerate(drawn.texts[i]):
+            out.append({"step": step, "prompt": shown, "sample": j, "response": text, "finished": bool(drawn.finished[i, j]),
+                        "tokens": int(drawn.length[i, j]), "reward": None if drawn.reward is None else float(drawn.reward[i, j]),
+                        "kl": float(drawn.kl_rb[i, j])})  # fmt: skip
+    return out
+
+
+def _train(task: Task, options: Training, folder: Path, setup: Setup, found: checkpoints.Checkpoint | None) -> int:
+    total = min(options.max_steps or setup.order.steps, setup.order.steps)
+    rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
+    state = engine.make_state(setup.model, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
+                              betas=(options.adam_beta1, options.adam_beta2))  # fmt: skip
+    metrics, samples = runs.Log(folder / "metrics.jsonl"), runs.Log(folder / "samples.jsonl")
+    runs.require_space(
+        folder, (options.keep + 2) * 12 * sum(m.numel() for m in state.masters.values()), "a run with its checkpoints"
+    )
+    if found:
+        engine.restore(state, found.tensors("weights"), found.tensors("optimizer"), found.state)
+        say(f"resumed after step {state.step}")
+    metrics.cut(found.state["metrics_lines"] if found else 0)
+    samples.cut(found.state["samples_lines"] if found else 0)
+    every = options.eval_every or max(1, math.ceil(total / 10))
+    save_every = options.save_every or every
+
+    def save() -> None:
+        numbers = engine.state_numbers(state) | {"metrics_lines": metrics.lines, "samples_lines": samples.lines}
+        checkpoints.save(folder, state.step, engine.state_tensors(state), numbers, keep=options.keep)
+
+    def evaluate() -> None:
+        line, drawn = _evaluate(options, setup, state.step)
+        for row in _sample_rows(setup, drawn, state.step) if drawn else ():
+            samples.add(row)
+        metrics.add(line)
+        say(f"step {state.step}/{total}  {describe(line)}")
+
+    with runs.stop_on_signals() as stop, bar("training", total) as advance:
+        if not found:
+            evaluate()
+            save()
+        steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=total, micro_tokens=options.micro_tokens,
+                             columns=setup.columns, share=packs(setup.model), device=setup.device)  # fmt: skip
+        for line in engine.train(state, steps, setup.objective, where=setup.store.where):
+            metrics.add({"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line)
+            advance(state.step, total, f"loss {line['loss']:.4f}")
+            if state.step % every == 0 or state.step == total:
+                evaluate()
+            if state.step % save_every == 0 or state.step == total:
+                save()
+            stop.check(save, task.verb, folder)
+    return _finish(task, options, folder, setup, state, metrics, samples)
+
+
+def with_error(line: Mapping[str, Any], name: str, digits: int) -> str:
+    """'1.23 ± 0.04', or the mean alone where one observation has no error."""
+    error = line[f"{name}_se"]
+    return f"{line[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def with_interval(line: Mapping[str, Any]) -> str:
+    """'0.872 [0.809, 0.917]', or the share alone where there is but one prompt."""
+    low, high = line["eval/accuracy_low"], line["eval/accuracy_high"]
+    return f"{line['eval/rewards/accuracies']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """An evaluation in one line, with the intervals that there are."""
+    words = []
+    if "eval/loss" in line:
+        words.append(f"loss {line['eval/loss']:.4f}")
+    if "eval/rewards/accuracies" in line:
+        words.append(f"accuracy {with_interval(line)}")
+    if "kl_sequence_rb" in line:
+        words.append(f"KL {with_error(line, 'kl_sequence_rb', 2)} nats")
+    if "reward" in line:
+        words.append(f"reward {with_error(line, 'reward', 3)}")
+    return "  ".join(words)
+
+
+def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: engine.State, metrics: runs.Log,
+            samples: runs.Log) -> int:  # fmt: skip
+    """Model, results and report; then the lines that a person reads."""
+    with runs.publish_folder(folder / "model") as staging:
+        models.save(setup.model, setup.tokenizer, staging)
+    if options.lora:
+        with runs.publish_folder(folder / "adapter") as staging:
+            setup.model.save_pretrained(staging, safe_serialization=True)
+    evaluations = [row for row in metrics.rows() if "loss" not in row]
+    drawn = samples.rows()
+    last = evaluations[-1]["step"]
+    rewards = {s: np.array([r["reward"] for r in drawn if r["step"] == s]) for s in (0, last)}
+    paired = None
+    if setup.rule and len(rewards[0]):
+        shape = (len(setup.prompts), options.eval_samples)
+        paired = paired_difference(rewards[0].reshape(shape), rewards[last].reshape(shape))
+    scored = [e for e in evaluations if "eval/loss" in e]
+    results = {
+        "stage": task.verb, "loss": setup.objective.name, "steps": state.step, "seconds": state.seconds, "tokens": state.tokens,
+        "before": evaluations[0], "after": evaluations[-1], "paired_reward": paired,
+        "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
+        "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
+    }  # fmt: skip
+    write_json(folder / "results.json", results)
+    page = report.write(folder) if options.report else None
+    for text in summary_lines(folder, results, page):
+        print(clean(text))
+    return 0
+
+
+def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -> list[str]:
+    """The five lines that end a run."""
+    after, lines = results["after"], []
+    if "eval/rewards/accuracies" in after:
+        lines.append(f"accuracy      {with_interval(after)} on {after['eval/pairs']} held-out pairs")
+    elif "eval/loss" in after:
+        lines.append(f"loss          {results['before']['eval/loss']:.4f} -> {after['eval/loss']:.4f}, held out")
+    if "kl_sequence_rb" in after:
+        lines.append(f"KL            {with_error(after, 'kl_sequence_rb', 2)} nats a response "
+                     f"({after['kl_token_rb']:.3f} a token), on fresh samples")  # fmt: skip
+    if results["paired_reward"]:
+        paired = results["paired_reward"]
+        lines.append(f"reward        {results['before']['reward']:.3f} -> {after['reward']:.3f}, difference {paired['difference']:+.3f} "
+                     f"[{paired['low']:+.3f}, {paired['high']:+.3f}]")  # fmt: skip
+    if "eval/displacement" in after:
+        lines.append(
+            f"displacement  {after['eval/displacement']:+.2f} nats (log-prob of held-out chosen responses against the reference)"
+        )
+    lines.append(f"written       {folder}/model{f', {page}' if page else ''}")
+    lines.append(f"next          {results['next']}")
+    return lines

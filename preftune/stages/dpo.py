@@ -1,0 +1,29 @@
+"""`preftune dpo`: a model and preferences in, a better model and the evidence that it is better out.
+
+The whole offline family: `--loss` picks. What happens, and what is written, is `pipeline`'s.
+"""
+
+from __future__ import annotations
+
+from .. import pipeline
+from ..config import Dpo, loss_terms
+from ..objectives import Objective, preference
+from ..records import Record
+
+
+def run(options: Dpo) -> int:
+    """Train. Raises PreftuneError with the exit code of what went wrong; nothing half-written is left behind."""
+    return pipeline.run(TASK, options)
+
+
+def objective(options: Dpo) -> Objective:
+    """The losses that the options name, with their arguments."""
+    return preference(loss_terms(options), label_smoothing=options.label_smoothing)
+
+
+def select(records: list[Record], options: Dpo) -> list[Record]:
+    """Every record: those without a judgement are counted once the loss has said what it reads."""
+    return records
+
+
+TASK = pipeline.Task("dpo", Dpo, objective, select, lambda folder: f"preftune chat {folder}")
