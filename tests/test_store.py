@@ -1,0 +1,90 @@
+"""The store: the same arrays in memory and on the disk, the same partners however records come, and no memory per record."""
+
+from __future__ import annotations
+
+import shutil
+import tracemalloc
+
+import make
+import numpy as np
+import pytest
+
+from preftune.batches import make_batch, split, tokens_of
+from preftune.errors import DiskError
+from preftune.records import Judgement, Record, Response
+from preftune.store import CONTEXT, MISMATCHED, build
+from preftune.tokens import encode, make_codec
+
+ARRAYS = [name for name in make.store(1).__dataclass_fields__ if name != "where"]
+
+
+def some(count, **kwargs):
+    labelled = [Record(f"l{i}", (Response(" a"), Response(" b")), labels=(True, None), where=f"l:{i}") for i in range(3)]
+    return [*make.records(count, k=3, **kwargs), *labelled]
+
+
+@pytest.mark.parametrize("mismatched", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_the_disk_holds_what_memory_holds(count, mismatched, tmp_path):
+    codec, records = make_codec(make.tokenizer()), some(count)
+    plain, _ = build(records, codec, max_length=60, mismatched=mismatched)
+    mapped, _ = build(iter(records), codec, max_length=60, mismatched=mismatched, folder=tmp_path)
+    for name in ARRAYS:
+        one, two = getattr(plain, name), getattr(mapped, name)
+        assert one.dtype == two.dtype and one.shape == two.shape and np.array_equal(one, two), name
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy", allow_pickle=False).reshape(one.shape), one) or not one.size, name
+    assert isinstance(mapped.tokens, np.memmap) and plain.identity() == mapped.identity() and list(plain.where) == list(mapped.where)
+    shutil.rmtree(tmp_path)  # mapped arrays outlive their names
+    for record in range(len(plain)):
+        assert make_batch(plain, [record]).tokens.tolist() == make_batch(mapped, [record]).tokens.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 31, 32, 33, 70])
+def test_partners_are_the_next_records_that_fit_in_a_circle(count):
+    """Against the rule as it reads, over the whole list at once."""
+    codec, records = make_codec(make.tokenizer()), make.records(count)
+    records[count // 2] = Record("q", (Response(" x" * 25), Response(" y")), (Judgement(((0,), (1,))),))
+    store, intake = build(iter(records), codec, max_length=60, mismatched=True)
+    kept = [e for _, e in encode([records[i] for i in intake.kept], codec)]
+    assert len(kept) == len(records)
+    for r in range(len(store)):
+        segments = range(store.record_start[r], store.record_start[r + 1])
+        extra = [store.tokens[store.start[s] : store.start[s + 1]].tolist() for s in segments if store.response[s] == MISMATCHED]
+        fits = [list(kept[(r + k) % len(kept)].responses[0]) for k in range(1, min(len(kept), 32))
+                if len(kept[r].prompt) + len(kept[(r + k) % len(kept)].responses[0]) <= 60]  # fmt: skip
+        assert extra == fits[:1] and store.response[segments.start] == CONTEXT
+
+
+def test_records_cost_no_memory_but_their_place(tmp_path):
+    """Below 100 bytes of Python memory a record, whatever its length."""
+    def stream(count):
+        for i in range(count):
+            answers = (Response(f" answer {i} " * 4), Response(" no"))
+            yield Record(f"prompt {i} " * 3, answers, (Judgement(((0,), (1,))),), where=f"f.jsonl:{i + 1}")
+
+    codec, cost = make_codec(make.tokenizer()), {}
+    for count in (2_000, 12_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        tracemalloc.start()
+        store, intake = build(stream(count), codec, max_length=None, folder=folder)
+        cost[count] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(store) == len(intake.kept) == count and store.where[count - 1] == f"f.jsonl:{count}"
+    each = (cost[12_000] - cost[2_000]) / 10_000
+    assert each < 60, each
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("preftune.store.FLUSH", 1)
+    (tmp_path / "tokens.npy").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match="the disk is full"):
+        build(make.records(3000), make_codec(make.tokenizer()), max_length=None, folder=tmp_path)
+
+
+def test_the_cost_of_a_record_does_not_grow_with_the_store():
+    store = make.store(9, k=3)
+    for share in (True, False):
+        for r in range(9):
+            assert tokens_of(store, r, share=share) == len(make_batch(store, [r], share=share).tokens)
+    assert [r for group in split(store, range(9), 100) for r in group] == list(range(9))
