@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class State:
         model: the policy. weights: its trained parameters by name. masters: fp32 copies of those that are not fp32, else the same.
         optimizer: over the masters. rate: step -> learning rate. clip: largest gradient norm, 0 for none.
         step: optimiser steps taken. tokens: tokens of forward passes so far. seconds: training time so far.
+        carry: what the objective carries from step to step, by name; empty before the first.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class State:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    carry: dict[str, float] = field(default_factory=dict)
 
 
 def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, weight_decay: float = 0.0,
@@ -109,7 +111,7 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         for tensor in (*state.weights.values(), *state.masters.values()):
             tensor.grad = None
         try:
-            loss, sums = accumulate(state, step, objective)
+            loss, sums, carry = accumulate(state, step, objective)
         except torch.OutOfMemoryError as error:
             largest = max(len(b.tokens) for b in step.micro)
             raise OutOfMemoryError(f"step {state.step + 1}: {largest} tokens in one pass did not fit; try --micro-tokens {largest // 2} "
@@ -122,10 +124,11 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
             torch._foreach_mul_([m.grad for m in state.masters.values() if m.grad is not None], state.clip / norm)
         state.optimizer.step()
         publish(state)
-        state.step += 1
+        state.step, state.carry = state.step + 1, carry
         tokens, seconds = sum(len(b.tokens) for b in step.micro), time.perf_counter() - began
         state.tokens += tokens
         state.seconds += seconds
+        sums |= {f"carry/{name}": value for name, value in carry.items()}
         yield {"step": state.step, "loss": loss, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
                "tokens_per_second": tokens / seconds, "seconds": state.seconds}  # fmt: skip
 
@@ -135,44 +138,45 @@ def _names(records: Sequence[int], where: Sequence[str], most: int = 8) -> str:
     return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
 
 
-def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, dict[str, float]]:
-    """Gradients of the step's loss into the masters' .grad (fp32); returns the loss and the mean metrics.
+def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Gradients of the step's loss into the masters' .grad (fp32); returns the loss, the mean metrics, and what is to be carried on.
 
     Separable terms: each micro-batch forward and backward once. Batch statistics over several micro-batches: all columns first
     without gradient, the gradient of the loss with respect to the columns, then each micro-batch again with that gradient.
     """
     several = len(step.micro) > 1 and not objective.separable
-    slopes = _column_slopes(state.model, step, objective) if several else [None] * len(step.micro)
+    carry = {**objective.carry, **state.carry}
+    slopes = _column_slopes(state.model, step, objective, carry) if several else [None] * len(step.micro)
     loss, columns = 0.0, []
     for batch, slope in zip(step.micro, slopes, strict=True):
         scored = objective.score(state.model, batch)
         columns.append(scored.each(Tensor.detach))
         if slope is None:
-            part = total(objective.terms(scored, batch.table), step.totals)
+            part = total(objective.terms(scored, batch.table, carry), step.totals)
             loss += part.item()
             part.backward()
         else:
             torch.autograd.backward(*zip(*((x, slope[name]) for name, x in _columns(scored) if x.requires_grad), strict=True))
         _collect(state)
     whole, table = join_columns(columns), join([b.table for b in step.micro])
-    terms = objective.terms(whole, table)
+    terms = objective.terms(whole, table, carry)
     if several:
         loss = total(terms, step.totals).item()
     sums = {name: float(values.mean()) for name, values in objective.metrics(whole, table).items() if len(values)}
     if len(terms) > 1:
         sums |= {f"loss/{name}": float(value) / step.totals[den] for name, (value, den) in terms.items() if step.totals[den]}
-    return loss, sums
+    return loss, sums, objective.advance(whole, table, carry)
 
 
 def _columns(columns: Columns) -> list[tuple[str, Tensor]]:
     return [(name, x) for name, x in vars(columns).items() if x is not None]
 
 
-def _column_slopes(model: Any, step: Step, objective: Objective) -> list[dict[str, Tensor]]:
+def _column_slopes(model: Any, step: Step, objective: Objective, carry: Mapping[str, float]) -> list[dict[str, Tensor]]:
     """d loss / d column of every micro-batch, for every column there is."""
     with torch.no_grad():
         columns = [objective.score(model, batch).each(Tensor.requires_grad_) for batch in step.micro]
-    whole = total(objective.terms(join_columns(columns), join([b.table for b in step.micro])), step.totals)
+    whole = total(objective.terms(join_columns(columns), join([b.table for b in step.micro]), carry), step.totals)
     leaves = [x for c in columns for _, x in _columns(c)]
     slopes = iter(torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True))
     return [{name: next(slopes) for name, _ in _columns(c)} for c in columns]
@@ -214,7 +218,7 @@ def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
 
 def state_numbers(state: State) -> dict[str, Any]:
     """The run's counters."""
-    return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "carry": state.carry}
 
 
 def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -228,3 +232,4 @@ def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, T
         name, _, slot = key.rpartition("|")
         state.optimizer.state[state.masters[name]][slot] = value.clone()
     state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])
+    state.carry = {name: float(value) for name, value in numbers["carry"].items()}

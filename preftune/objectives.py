@@ -11,7 +11,7 @@ the engine divides by the whole step's totals, so any cut into micro-batches giv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import Batch, Table
-from .losses import LOSSES, Loss, Side, arguments, expected
+from .losses import LOSSES, Loss, Side, arguments, expected, votes
 from .losses.verdicts import baseline
 from .readout import hidden_states, response_rows, response_sums, token_collisions, token_logps
 
@@ -43,7 +43,7 @@ class Objective:
     """What to minimise and what to report.
 
     Args:
-        name: for logs. terms: (columns, table) -> {name: (weighted sum, denominator)}.
+        name: for logs. terms: (columns, table, carry) -> {name: (weighted sum, denominator)}.
         metrics: (columns, table) -> {name: one value per pair or verdict}; their means are reported, exact for any batch size.
         reads: 'pairs', 'verdicts' or 'responses': what a record must have for this to learn from it.
         reference: 'none', 'token' or 'distribution': what the columns need.
@@ -51,10 +51,12 @@ class Objective:
         mismatched: whether the store must carry mismatched responses.
         needs: which columns beyond the sums are read: 'tokens', 'collision'.
         start: (table, totals) -> the loss while policy = reference, or None where that depends on the policy.
+        carry: named numbers that run over steps, before the first; the engine keeps them with the weights. `terms` gets them as they
+            stand before its step, or None outside training. advance: (columns, table, carry) -> them after the step.
     """
 
     name: str
-    terms: Callable[[Columns, Table], Terms]
+    terms: Callable[..., Terms]
     metrics: Callable[[Columns, Table], Mapping[str, Tensor]]
     reads: str
     reference: str
@@ -62,6 +64,8 @@ class Objective:
     mismatched: bool
     start: Callable[[Table, Mapping[str, float]], float] | None
     needs: frozenset[str] = frozenset()
+    carry: Mapping[str, float] = field(default_factory=dict)
+    advance: Callable[[Columns, Table, Mapping[str, float]], dict[str, float]] = lambda columns, table, carry: {}
 
     def score(self, model: Any, batch: Batch) -> Columns:
         """Columns of a batch under the model, with gradient where grad is enabled."""
@@ -92,17 +96,30 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
     """
     named = [(weight, name, LOSSES[name], arguments(name) | dict(given)) for weight, name, given in parts]
 
-    def terms(columns: Columns, table: Table) -> Terms:
+    def judged(columns: Columns, table: Table) -> tuple[Columns, Columns, Tensor, Tensor]:
+        """Both sides of every pair, P(chosen preferred) after smoothing, and votes."""
         prob = table.pair_prob * (1 - label_smoothing) + (1 - table.pair_prob) * label_smoothing
+        return columns[table.pair[:, 0]], columns[table.pair[:, 1]], prob, table.pair_weight
+
+    def terms(columns: Columns, table: Table, carry: Mapping[str, float] | None = None) -> Terms:
         out: dict[str, tuple[Tensor, str]] = {}
         for weight, name, loss, numbers in named:
             if loss.kind == "pairs":
-                chosen, rejected = columns[table.pair[:, 0]], columns[table.pair[:, 1]]
-                out[name] = (weight * expected(loss, chosen, rejected, prob, table.pair_weight, **numbers), "pairs")
+                before = None if carry is None else {key: carry[f"{name}.{key}"] for key in loss.carry}
+                out[name] = (weight * expected(loss, *judged(columns, table), before, **numbers), "pairs")
             else:
                 values = loss.function(columns[table.verdict], table.verdict_good, _baseline(columns, table), **numbers)
                 out[name] = (weight * (values * table.verdict_weight).sum(), "verdicts")
         return out
+
+    def advance(columns: Columns, table: Table, carry: Mapping[str, float]) -> dict[str, float]:
+        after = dict(carry)
+        for _, name, loss, numbers in named:
+            if loss.update and len(table.pair):  # a step without a pair teaches nothing of pairs
+                before = {key: carry[f"{name}.{key}"] for key in loss.carry}
+                found = loss.update(*votes(loss, *judged(columns, table)), before, **numbers)
+                after |= {f"{name}.{key}": value for key, value in found.items()}
+        return after
 
     needs = [loss.reference for _, _, loss, _ in named]
 
@@ -123,7 +140,8 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
         reference="token" if "token" in needs else "none",
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
-        needs=frozenset(name for _, _, loss, _ in named for name in loss.needs))  # fmt: skip
+        needs=frozenset(name for _, _, loss, _ in named for name in loss.needs),
+        carry={f"{name}.{key}": value for _, name, loss, _ in named for key, value in loss.carry.items()}, advance=advance)  # fmt: skip
 
 
 def _baseline(columns: Columns, table: Table) -> Tensor:
@@ -152,5 +170,5 @@ def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, flo
 
 def supervised() -> Objective:
     """Next-token cross-entropy over all trained tokens of all responses: the mean over the tokens of the step."""
-    return Objective("supervised", lambda columns, table: {"nll": (-columns.policy.sum(), "tokens")}, lambda columns, table: {},
+    return Objective("supervised", lambda columns, table, carry=None: {"nll": (-columns.policy.sum(), "tokens")}, lambda columns, table: {},
                      reads="responses", reference="none", separable=True, mismatched=False, start=None)  # fmt: skip

@@ -58,7 +58,7 @@ def gradients(model: Any, step: Any, objective: Any) -> tuple[float, dict[str, t
     state = engine.make_state(model, rate=lambda s: 0.0, clip=0.0)
     for p in model.parameters():
         p.grad = None
-    loss, _ = engine.accumulate(state, step, objective)
+    loss, *_ = engine.accumulate(state, step, objective)
     return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,7 +73,7 @@ def plain(model: Any, store: Any, columns: Any, objective: Any) -> tuple[float, 
     ref = ref if objective.reference != "none" else None
     scored = Columns(readout.response_sums(logps, batch), ref, readout.response_sums(torch.ones_like(logps), batch).detach(),
                      *inside(model, batch, logps, objective.needs))  # fmt: skip
-    loss = total(objective.terms(scored, batch.table), step.totals)
+    loss = total(objective.terms(scored, batch.table, objective.carry), step.totals)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -18,8 +18,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from preftune import exact
-from preftune.losses import LOSSES, Side, arguments, batchwise, expected, pairs, verdicts
+from preftune import exact, losses
+from preftune.losses import LOSSES, Side, arguments, batchwise, pairs, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pairs"]
@@ -107,6 +107,7 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
                         ell(2.5 * (0.5 + 0.25 / 0.875**0.5) - 1.5)]),
                   ({"beta": 1.0, "gamma": 0.5, "alpha": 1.0},
                    [ell(0.25 - 1 / 0.875**0.5 - 0.5), ell(1 - 0.25 / 0.875**0.5 - 0.5), ell(0.5 + 1.25 / 0.875**0.5 - 0.5)])],
+    "beta-dpo": [({}, [ell(0.164), log(2), ell(-0.246)]), ({"beta": 1.0, "scale": 2.0, "momentum": 0.5}, [ell(4 / 3), log(2), ell(-2)])],
     "kto": [({}, [1 - sig(0.05), 1 - sig(0.15), 1 - sig(-0.05)]),
             ({"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 3.0},
              [2 * (1 - sig(0.5)), 3 * (1 - sig(1.5)), 2 * (1 - sig(-0.5))])],
@@ -115,8 +116,18 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
 
 def worked(name: str) -> tuple:
     if name in BATCHWISE:
-        return (*pairs.WORKED, batchwise.ONES)
+        return (*pairs.WORKED, batchwise.ONES, *carried(name))
     return pairs.WORKED if LOSSES[name].kind == "pairs" else verdicts.WORKED
+
+
+def carried(name: str) -> tuple:
+    """What a loss that looks back finds before the first step."""
+    return (LOSSES[name].carry,) if LOSSES[name].carry else ()
+
+
+def expected(loss: losses.Loss, *judged: Tensor, **numbers: float) -> Tensor:
+    """The sum over pairs, at the first step."""
+    return losses.expected(loss, *judged, loss.carry, **numbers)
 
 
 def soft(name: str, chosen: Side, rejected: Side, prob: Tensor | float, **numbers: float) -> Tensor:
@@ -147,7 +158,7 @@ def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype =
 def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
     """The loss of each item; verdicts read `chosen`, every other one desirable, at baseline .3."""
     if name in BATCHWISE:
-        return LOSSES[name].function(chosen, rejected, torch.ones_like(chosen.policy), **numbers)
+        return LOSSES[name].function(chosen, rejected, torch.ones_like(chosen.policy), *carried(name), **numbers)
     if LOSSES[name].kind == "pairs":
         return LOSSES[name].function(chosen, rejected, **numbers)
     desirable = torch.arange(len(chosen.policy)) % 2 == 0
@@ -160,8 +171,8 @@ def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
 def test_the_sweeps_sweep():
     """Every loss has hand-worked numbers, and each sweep below has something to run over."""
     assert set(GOLDEN) == set(LOSSES)
-    assert len(LOSSES) >= 34 and len(PAIRS) >= 33 and len(SOFT) >= 32 and len(BATCHWISE) >= 4
-    assert len(ANCHORED) >= 28 and len(FREE) >= 6 and len(NUMBERED) >= 51 and len(STARTING) >= 25
+    assert len(LOSSES) >= 35 and len(PAIRS) >= 34 and len(SOFT) >= 33 and len(BATCHWISE) >= 5
+    assert len(ANCHORED) >= 29 and len(FREE) >= 6 and len(NUMBERED) >= 55 and len(STARTING) >= 26
     assert set(ANCHORED) | set(FREE) == set(LOSSES)
 
 
@@ -233,6 +244,7 @@ def test_golden(name):
     r-dpo: n_w - n_l = -2, -1, 3. wpo: weights e^-.5, 1 and e^1.5 = 4.48, which the caps 1 and 4 cut.
     ld-dpo: the shorter sides have 2, 3, 1 tokens: 1 - (-.5 - .5/2) = 1.75, 0, (-1 - 1/2) - 1 = -2.5; without tails 1.5, 0, -2.
     d2po: .98: (1.5 - .49) - (-1 + .49 - .4802) = 2.0002, 0, (-1 - .49 - .4802) - 1; .5: 1.25 + .875, 0, -1.375 - 1.
+    beta-dpo: M = -1/3, M0 = .1 M, so b = .1 (1 - .6 * .3) = .082; with momentum .5 M0 = M/2, so b = 1 - 2/6 and D = 2, 0, -3.
     alpha-dpo: .75, 0, -1.5 less their mean -.25: 1, .25, -1.25, over sqrt((1 + .0625 + 1.5625)/3) = sqrt .875.
     kto (`verdicts.WORKED`: a = 1, -1, 0; good, bad, good; z0 = .5): beta(a - z0) = .05, beta(z0 - a) = .15, beta(a - z0) = -.05;
     at beta 1 and weights 2 and 3: .5, 1.5, -.5, so 2(1 - .622459), 3(1 - .817574), 2(1 - .377541) = .755081, .547277, 1.244919.
@@ -248,7 +260,7 @@ def test_value_where_policy_is_reference(name):
     """ln 2 for the logistic losses, 1/(4 tau^2) for IPO, 1 for hinge, half the weight for KTO; at odd arguments too."""
     chosen, rejected = (replace(s, policy=s.reference, tokens=0 * s.tokens) for s in batch(6))
     loss = LOSSES[name]
-    for numbers in (arguments(name), {k: 0.7 * v for k, v in arguments(name).items()}):
+    for numbers in (arguments(name), {k: v if k == "keep" else 0.7 * v for k, v in arguments(name).items()}):
         if loss.kind == "pairs":
             values, start = items(name, chosen, rejected, **numbers), [loss.start(numbers)] * 6
         else:
@@ -273,7 +285,7 @@ def test_known_starts():
 def test_every_argument_changes_the_value(name, argument):
     """An option that changes nothing is a lie."""
     before = LOSSES[name].function(*worked(name))
-    after = LOSSES[name].function(*worked(name), **{argument: arguments(name)[argument] * 1.5})
+    after = LOSSES[name].function(*worked(name), **{argument: arguments(name)[argument] * (0.5 if argument == "keep" else 1.5)})
     assert (before != after).any()
 
 
@@ -321,6 +333,9 @@ def test_what_is_held_constant():
     torch.testing.assert_close(slope(batchwise.bco, ones, beta=1.0), -f64(*shifted))
     z = f64(1, 0.25, -1.25) / 0.875**0.5
     inside = f64(0.25, 1, 0.5) - z - 0.5
+    carry = LOSSES["beta-dpo"].carry  # D = 2, 0, -3 at b = 2/3, which carries no gradient
+    found = slope(batchwise.beta_dpo, ones, carry, beta=1.0, scale=2.0, momentum=0.5)
+    torch.testing.assert_close(found, -2 / 3 * torch.sigmoid(-f64(4 / 3, 0, -2)))
     torch.testing.assert_close(slope(batchwise.alpha_dpo, ones, beta=1.0, gamma=0.5, alpha=1.0), -torch.sigmoid(-inside) / chosen.length)
 
 
@@ -668,6 +683,72 @@ def test_alpha_dpo_becomes_simpo():
     noise = replace(still[0], policy=still[0].policy + f64(1, -1, 2, 0, -1, 1) * 1e-7)
     same = function(*still, one)
     torch.testing.assert_close(function(noise, still[1], one), same, rtol=0, atol=1e-3)
+
+
+# ---- beta-DPO --------------------------------------------------------------------------------------------------------------
+
+
+def test_beta_dpo_over_three_steps():
+    """A second formulation: plain numbers, step after step, D of 4 pairs each; M0 is .9 M0 + .1 M and counts the step itself."""
+    rng, carry, running = np.random.default_rng(5), LOSSES["beta-dpo"].carry, 0.0
+    one, zero = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for step in range(3):
+        gaps = rng.normal(step, 3, size=4)
+        chosen, rejected = Side(torch.tensor(gaps), zero, one), Side(zero, zero, one)
+        running = 0.9 * running + 0.1 * gaps.mean()
+        b = 0.2 * (1 + 0.6 * (gaps.mean() - running))
+        found = batchwise.beta_dpo(chosen, rejected, one, carry, beta=0.2)
+        torch.testing.assert_close(found, f64(*(ell(b * d) for d in gaps)), rtol=1e-13, atol=1e-13)
+        carry = batchwise.beta_dpo_update(chosen, rejected, one, carry)
+        assert carry["mean"] == pytest.approx(running, rel=1e-14) and carry["steps"] == step + 1
+    assert b != 0.2
+
+
+def test_beta_dpo_floor_and_rest():
+    """Far below its running mean b stays at .001; without a step under way it is DPO at beta."""
+    chosen, rejected = batch(5)
+    one = torch.ones(5, dtype=torch.float64)
+    low = batchwise.beta_dpo(chosen, rejected, one, {"mean": 1e4, "spread": 1.0, "steps": 9.0})
+    torch.testing.assert_close(low, pairs.sigmoid(chosen, rejected, beta=1e-3))
+    torch.testing.assert_close(batchwise.beta_dpo(chosen, rejected, one, None, keep=0.5), pairs.sigmoid(chosen, rejected))
+
+
+def test_beta_dpo_draws_by_the_paper_s_chances():
+    """Two pairs, one of them drawn: the first with probability w1/(w1 + w2), w = exp(-z^2/2); 4,000 steps, five standard errors.
+
+    Kept are exactly .5 of the votes, and the step's mean over pairs is the mean over those that were kept.
+    """
+    one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    chosen, rejected, hits = Side(f64(1.0, 3.0), zero, one), Side(zero, zero, one), 0
+    for step in range(4000):
+        carry = {"mean": 0.0, "spread": 2.0, "steps": float(step)}
+        values = batchwise.beta_dpo(chosen, rejected, one, carry, momentum=1.0, keep=0.5)  # M0 stays 0, its spread 2
+        assert (values == 0).sum() == 1
+        first = values[0] > 0
+        hits += int(first)
+        b = 0.1 * (1 + 0.6 * (1.0 if first else 3.0))
+        assert values.mean().item() == pytest.approx(ell(b * (1.0 if first else 3.0)))
+        assert torch.equal(values, batchwise.beta_dpo(chosen, rejected, one, carry, momentum=1.0, keep=0.5)), "a step draws once"
+    w1, w2 = exp(-(0.5**2) / 2), exp(-(1.5**2) / 2)
+    p = w1 / (w1 + w2)
+    assert abs(hits / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+
+
+def test_beta_dpo_cuts_the_last_pair_drawn():
+    """Three votes and one: .5 of the four are kept, so either two thirds of the first pair or the second whole and a third."""
+    one, zero, votes = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), f64(3, 1)
+    running, seen = {"mean": 0.0, "spread": 1.0}, set()
+    for step in range(40):
+        kept = batchwise._drawn(f64(1.0, 1.0), votes, 0.5, running | {"steps": step})
+        seen.add(tuple(round(x, 9) for x in kept.tolist()))
+    assert seen == {(round(2 / 3, 9), 0.0), (round(1 / 3, 9), 1.0)} and len(one) == len(zero)
+
+
+def test_a_margin_far_from_the_running_mean_is_still_drawn_in_order():
+    """z of hundreds: exp(-z^2/2) is 0 in any precision, yet the nearest pairs come first and nothing is NaN."""
+    gap = f64(1000, 400, 700, 1500)
+    kept = batchwise._drawn(gap, torch.ones(4, dtype=torch.float64), 0.5, {"mean": 0.0, "spread": 1.0, "steps": 3})
+    assert kept.tolist() == [0, 1, 1, 0]
 
 
 # ---- KTO -------------------------------------------------------------------------------------------------------------------

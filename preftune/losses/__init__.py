@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
@@ -25,7 +25,7 @@ from .pairs import Side
 
 RATIO, MEAN_RATIO, POLICY, MEAN_POLICY = map(attrgetter, ("ratio", "mean_ratio", "policy", "mean_policy"))
 
-__all__ = ["LOSSES", "Loss", "Side", "arguments", "expected"]
+__all__ = ["LOSSES", "Loss", "Side", "arguments", "expected", "votes"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Loss:
 
     Args:
         function: per-item, unreduced. kind 'pairs': `f(chosen: Side, rejected: Side, *, ...) -> (B,)`, with a third `weight: (B,)`
-            where it is not separable; kind 'verdicts': `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`.
+            where it is not separable and a fourth, what was carried, where it carries; kind 'verdicts':
+            `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
         soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
@@ -46,6 +47,9 @@ class Loss:
         reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
         start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
             `arguments` names them); for verdicts `start(arguments, desirable)`. None where policy = reference fixes no value.
+        carry: statistics that run over steps, by name, as they stand before the first. The function gets those of the steps before
+            its own, or None where no step is under way (an evaluation): then the set's own take their place.
+        update: `(chosen, rejected, weight, carry, *, ...) -> carry` after the step, with the function's arguments.
     """
 
     function: Callable
@@ -58,9 +62,22 @@ class Loss:
     needs: tuple[str, ...] = ()
     reads: Callable[[Side], Tensor] = RATIO
     start: Callable[..., float] | None = None
+    carry: Mapping[str, float] = field(default_factory=dict)
+    update: Callable[..., dict[str, float]] | None = None
 
 
-def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor, **numbers: float) -> Tensor:
+def votes(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor) -> tuple[Side, Side, Tensor]:
+    """Each pair as votes for and votes against it, those without a vote left out: (chosen, rejected, votes), at most 2B of them."""
+    if loss.soft == "ignore":
+        prob = (prob >= 0.5).to(weight.dtype)
+    count = torch.cat([weight * prob, weight * (1 - prob)])
+    (rows,) = torch.nonzero(count, as_tuple=True)
+    both = Side(**{name: None if x is None else torch.cat([x, getattr(rejected, name)]) for name, x in vars(chosen).items()})
+    return both[rows], both[(rows + len(weight)) % len(count)], count[rows]
+
+
+def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor, carry: Mapping[str, float] | None = None,
+             /, **numbers: float) -> Tensor:  # fmt: skip
     """A pair loss over labels that are wrong sometimes: the sum of weight [P f(w, l) + (1 - P) f(l, w)]. ()
 
     One function makes every soft form. P = 1 is the hard loss; P = 1 - e is label smoothing (cDPO for `sigmoid`); P = sigmoid(r_w - r_l)
@@ -68,7 +85,8 @@ def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Ten
     the statistics of a step. For soft='ignore' the likelier side is the chosen one, and how likely is no matter.
 
     Args:
-        chosen, rejected: B pairs. prob: (B,) P(chosen is preferred). weight: (B,) votes. numbers: the loss's arguments.
+        chosen, rejected: B pairs. prob: (B,) P(chosen is preferred). weight: (B,) votes. carry: as `Loss.carry`. numbers: the loss's
+            arguments.
 
     m = .2, 0, -.3 at P = .75: .598139 + .25*.2; ln 2; .854355 - .25*.3; together 2.120641.
 
@@ -76,14 +94,9 @@ def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Ten
     >>> expected(LOSSES["sigmoid"], *pairs.WORKED, 0.75 * row, row)
     tensor(2.1206, dtype=torch.float64)
     """
-    if loss.soft == "ignore":
-        prob = (prob >= 0.5).to(weight.dtype)
-    count = torch.cat([weight * prob, weight * (1 - prob)])
-    (rows,) = torch.nonzero(count, as_tuple=True)
-    both = Side(**{name: None if x is None else torch.cat([x, getattr(rejected, name)]) for name, x in vars(chosen).items()})
-    other = (rows + len(weight)) % len(count)
-    statistics = () if loss.separable else (count[rows],)
-    return (loss.function(both[rows], both[other], *statistics, **numbers) * count[rows]).sum()
+    good, bad, count = votes(loss, chosen, rejected, prob, weight)
+    statistics = (() if loss.separable else (count,)) + ((carry,) if loss.carry else ())
+    return (loss.function(good, bad, *statistics, **numbers) * count).sum()
 
 
 def _ln2(arguments: Mapping[str, float]) -> float:
@@ -164,6 +177,8 @@ LOSSES: Mapping[str, Loss] = {
     "ld-dpo": Loss(tokenwise.ld_dpo, "pairs", "token", "swap", "arXiv:2409.06411", needs=("tokens",), start=_ln2),
     "d2po": Loss(tokenwise.d2po, "pairs", "token", "swap", "arXiv:2502.14340", needs=("tokens",), start=_ln2),
     "alpha-dpo": Loss(batchwise.alpha_dpo, "pairs", "token", "swap", "arXiv:2410.10148", separable=False, reads=MEAN_POLICY),
+    "beta-dpo": Loss(batchwise.beta_dpo, "pairs", "token", "swap", "arXiv:2407.08639", separable=False, start=_ln2,
+                     carry=batchwise.UNMOVED, update=batchwise.beta_dpo_update),
     "kto": Loss(verdicts.kto, "verdicts", "token", "refuse", "arXiv:2402.01306, Eq. 8", separable=False, mismatched=True,
                 start=_kto),
 }

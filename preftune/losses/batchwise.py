@@ -1,4 +1,5 @@
-"""Losses over pairs that compare each pair with the others of its step: `f(chosen, rejected, weight, *, ...) -> (B,)`. Torch only.
+"""Losses over pairs that compare each pair with the others of its step: `f(chosen, rejected, weight, *, ...) -> (B,)`, and one that
+also looks back at earlier steps and is given what they left (`carry`). Torch only.
 
 `weight` (B,), above 0, says how much each pair counts in the statistic: a pair of weight 2 is the pair twice. Pass the whole step, not
 a micro-batch. Try it: `pytest preftune/losses/batchwise.py`.
@@ -6,13 +7,15 @@ a micro-batch. Try it: `pytest preftune/losses/batchwise.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .pairs import WORKED, Side, _row
 
-__all__ = ["WORKED", "alpha_dpo", "aot", "aot_unpaired", "bco"]
+__all__ = ["WORKED", "alpha_dpo", "aot", "aot_unpaired", "bco", "beta_dpo", "beta_dpo_update"]
 
 ONES = _row(1, 1, 1)
 LEAST_SPREAD = 1e-3
@@ -93,3 +96,57 @@ def alpha_dpo(chosen: Side, rejected: Side, weight: Tensor, *, beta: float = 2.5
     centred = gap - _mean(gap, weight)
     z = centred / _mean(centred**2, weight).sqrt().clamp(min=LEAST_SPREAD)
     return -F.logsigmoid(beta * (chosen.mean_policy - rejected.mean_policy - alpha * z) - gamma)
+
+
+UNMOVED = {"mean": 0.0, "spread": 0.0, "steps": 0.0}
+"""What beta-DPO carries before the first step: running mean and spread of D in nats, and the steps taken."""
+
+
+def beta_dpo_update(chosen: Side, rejected: Side, weight: Tensor, carry: Mapping[str, float], *, momentum: float = 0.9,
+                    **others: float) -> dict[str, float]:  # fmt: skip
+    """Running mean and spread of D over all pairs of each step: new = momentum old + (1 - momentum) step.  arXiv:2407.08639.
+
+    D = 2, 0, -3: mean -1/3, spread sqrt(13/3 - 1/9) = 2.054805, a tenth of each.
+
+    >>> {name: round(value, 6) for name, value in beta_dpo_update(*WORKED, ONES, UNMOVED).items()}
+    {'mean': -0.033333, 'spread': 0.20548, 'steps': 1.0}
+    """
+    gap = (chosen.ratio - rejected.ratio).detach()
+    mean = _mean(gap, weight)
+    step = {"mean": float(mean), "spread": float(_mean((gap - mean) ** 2, weight).sqrt())}
+    return {name: momentum * carry[name] + (1 - momentum) * step[name] for name in step} | {"steps": carry["steps"] + 1}
+
+
+def _drawn(gap: Tensor, weight: Tensor, keep: float, running: Mapping[str, float]) -> Tensor:
+    """How much of each pair is kept: `keep` of all votes, drawn without replacement with chances exp(-z^2/2), z = (D - mean)/spread. (B,)
+
+    The smallest of E/chance with E exponential come first: a draw without replacement (Efraimidis and Spirakis 2006). The draw is a
+    function of the number of the step. The last pair drawn is kept in part, so that exactly `keep` of the votes are.
+    """
+    chance = torch.rand(len(gap), dtype=torch.float64, generator=torch.Generator().manual_seed(int(running["steps"])))
+    waits = (-(-chance).log1p()).log().to(gap) + 0.5 * ((gap - running["mean"]) / max(running["spread"], LEAST_SPREAD)) ** 2
+    order = waits.argsort(stable=True)
+    before = weight[order].cumsum(0) - weight[order]
+    kept = torch.minimum((keep * weight.sum() - before).clamp(min=0), weight[order]) / weight[order]
+    return torch.zeros_like(gap).index_put((order,), kept)
+
+
+def beta_dpo(chosen: Side, rejected: Side, weight: Tensor, carry: Mapping[str, float] | None, *, beta: float = 0.1, scale: float = 0.6,
+             momentum: float = 0.9, keep: float = 1.0) -> Tensor:  # fmt: skip
+    """beta-DPO: -ls(b D), b = max(beta (1 + scale (M - M0)), .001), M the step's mean D, M0 its running mean.  arXiv:2407.08639.
+
+    D = a_w - a_l, not yet times beta; neither M nor M0 carries a gradient. M0 counts this step too, as in the authors' code.
+    keep < 1 is the paper's filter (there .8): the loss is that of a share of the pairs, drawn by how near D is to M0, and M is
+    theirs. Without a step under way (carry None) M0 is M and nothing is left out: DPO at `beta`.
+    D = 2, 0, -3: M = -1/3, M0 = -1/30, b = .1 (1 - .6 * .3) = .082 and the margins are .164, 0, -.246.
+
+    >>> beta_dpo(*WORKED, ONES, UNMOVED)
+    tensor([0.6145, 0.6931, 0.8237], dtype=torch.float64)
+    """
+    gap = chosen.ratio - rejected.ratio
+    if carry is None:
+        return -F.logsigmoid(beta * gap)
+    running, fixed = beta_dpo_update(chosen, rejected, weight, carry, momentum=momentum), gap.detach()
+    kept = _drawn(fixed, weight, keep, running) if keep < 1 else torch.ones_like(fixed)
+    moved = beta * (1 + scale * (_mean(fixed, weight * kept) - running["mean"]))
+    return -F.logsigmoid(moved.clamp(min=1e-3) * gap) * kept / min(keep, 1.0)
