@@ -131,10 +131,12 @@ class Training(Judged):
     # training
     lora: int = option(0, "LoRA rank; 0 trains all weights", group="training", low=0, shows="RANK")
     lora_alpha: float | None = option(None, "LoRA scale numerator. Default: twice the rank", group="training", low=0, open_low=True)
+    freeze: str | None = option(None, "do not train these: embed, head, layers.0-11, or beginnings or patterns of weight names, with commas", group="training", shows="NAMES")
     lora_targets: str = option("all-linear", "modules that get LoRA: all-linear or comma-separated name endings", group="training", shows="NAMES")
     max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
     schedule: str = option("linear", "learning rate after warm-up", group="training", choices=("linear", "cosine", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", group="training", low=0, high=1)
+    optimiser: str = option("adamw", "adamw, rmsprop (as in the DPO paper), or adamw-8bit (needs the extra [8bit])", group="training", choices=("adamw", "rmsprop", "adamw-8bit"))
     weight_decay: float = option(0.0, "AdamW weight decay", group="training", low=0)
     adam_beta1: float = option(0.9, "AdamW: decay of the mean of gradients", group="training", low=0, high=1, open_high=True)
     adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients", group="training", low=0, high=1, open_high=True)
@@ -300,6 +302,7 @@ ALSO_CALLED = {
     "max_grad_norm": "clip", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "lora_r": "lora", "lora_rank": "lora",
     "resume_from_checkpoint": "resume", "eval_steps": "eval_every", "save_steps": "save_every", "max_new_tokens": "sample_tokens",
     "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
+    "optim": "optimiser", "optimizer": "optimiser", "freeze_layers": "freeze",
 }  # fmt: skip
 
 
@@ -606,6 +609,8 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "eval_every", lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data"),
     ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
+    ((Training,), "freeze", lambda o: o.lora > 0, "has no effect with --lora, which trains nothing of the model itself; --lora-targets says where adapters go"),
+    *(((Training,), name, lambda o: o.optimiser == "rmsprop", "is AdamW's: --optimiser rmsprop does not take it") for name in ("weight_decay", "adam_beta1", "adam_beta2")),
     ((Training,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
     ((Training,), "eval_reward", lambda o: o.eval_prompts == 0, "has nothing to score: --eval-prompts is 0"),
     ((Training,), "eval_samples", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),

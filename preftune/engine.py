@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Order, Step, join, make_step
-from .errors import NumericsError, OutOfMemoryError
+from .errors import NumericsError, OutOfMemoryError, UsageError
 from .objectives import Columns, Objective, join_columns, total
 from .store import Store
 
@@ -48,12 +48,35 @@ class State:
 
 
 def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, weight_decay: float = 0.0,
-               betas: tuple[float, float] = (0.9, 0.999)) -> State:  # fmt: skip
-    """AdamW over every parameter that requires a gradient, with fp32 masters for those in a shorter format."""
+               betas: tuple[float, float] = (0.9, 0.999), optimiser: str = "adamw") -> State:  # fmt: skip
+    """An optimiser over every parameter that requires a gradient, with fp32 masters for those in a shorter format.
+
+    Args:
+        optimiser: 'adamw'; 'rmsprop', torch's defaults (decay 0.99, no momentum) as the DPO paper's code has it; 'adamw-8bit',
+            whose moments are kept in 8 bits by bitsandbytes. weight_decay, betas: of the two AdamW.
+
+    Raises:
+        UsageError: 'adamw-8bit' without bitsandbytes.
+    """
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     masters = {n: p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for n, p in weights.items()}
-    optimizer = torch.optim.AdamW(list(masters.values()), lr=rate(0), betas=betas, weight_decay=weight_decay, fused=True)
-    return State(model, weights, masters, optimizer, rate, clip)
+    adam = {"betas": betas, "weight_decay": weight_decay}
+    arguments = {"adamw": adam | {"fused": True}, "adamw-8bit": adam, "rmsprop": {}}[optimiser]
+    chosen = optimiser_named(optimiser)(list(masters.values()), lr=rate(0), **arguments)
+    return State(model, weights, masters, chosen, rate, clip)
+
+
+def optimiser_named(name: str) -> Any:
+    """The class of an optimiser; bitsandbytes is imported only when asked for. Raises UsageError where it is missing or too old."""
+    if name != "adamw-8bit":
+        return {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UsageError(f"--optimiser {name} needs bitsandbytes: pip install 'preftune[8bit]' ({error})") from None
+    if tuple(map(int, bitsandbytes.__version__.split(".")[:2])) < (0, 50):
+        raise UsageError(f"--optimiser {name} needs bitsandbytes 0.50 or newer, here is {bitsandbytes.__version__}")
+    return bitsandbytes.optim.AdamW8bit
 
 
 def schedule(kind: str, peak: float, *, steps: int, warmup: float) -> Callable[[int], float]:
@@ -212,7 +235,8 @@ def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
     moments: dict[str, Tensor] = {}
     for name, master in state.masters.items():
         for key, value in state.optimizer.state.get(master, {}).items():
-            moments[f"{name}|{key}"] = value
+            # bitsandbytes counts in plain ints and shares its tables between weights; a file holds tensors, each its own.
+            moments[f"{name}|{key}"] = value.clone() if key.startswith("qmap") else torch.as_tensor(value)
     return {"weights": {n: m.detach() for n, m in state.masters.items()}, "optimizer": moments}
 
 
@@ -230,6 +254,7 @@ def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, T
     publish(state)
     for key, value in moments.items():
         name, _, slot = key.rpartition("|")
-        state.optimizer.state[state.masters[name]][slot] = value.clone()
+        plain = value.dtype == torch.int64 and not value.ndim  # see state_tensors; torch's own counters are float32
+        state.optimizer.state[state.masters[name]][slot] = int(value) if plain else value.clone()
     state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])
     state.carry = {name: float(value) for name, value in numbers["carry"].items()}

@@ -6,8 +6,10 @@ save(model, tokenizer, "runs/x/model")
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -233,6 +235,53 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float | None, targets: str, 
         wrapped = get_peft_model(model, spec)
     wrapped.reads_segments = model.reads_segments
     return wrapped.eval()
+
+
+def freeze(model: nn.Module, names: str) -> list[str]:
+    """Stop training what `names` says; returns the names of the parameters that stay as they are.
+
+    Args:
+        names: comma-separated: 'embed', 'head', 'layers.3', 'layers.0-11', or parameter names: whole, their beginning up to a dot, or
+            with * and ?.
+
+    Raises:
+        UsageError: a name that no parameter has (the nearest is named), 'embed' without 'head' where they are one tensor, or
+            nothing left to train.
+    """
+    known = dict(model.named_parameters())
+    chosen: set[str] = set()
+    asked = [name.strip() for name in names.split(",")]
+    for name in asked:
+        found = _named(model, name, known)
+        if not found:
+            words = {"embed", "head", "layers.0"} | {n.rsplit(".", cut)[0] for n in known for cut in range(n.count(".") + 1)}
+            raise UsageError(f"--freeze {name}: no weight of this model has such a name{nearest(name, words)}")
+        chosen |= found
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied and ("embed" in asked) != ("head" in asked):
+        raise UsageError(f"--freeze {names}: embed and head are one tensor in this model; freeze both (embed,head) or neither")
+    if chosen == known.keys():
+        raise UsageError(f"--freeze {names}: nothing would train: all {len(known)} weights of the model are named")
+    for name in chosen:
+        known[name].requires_grad_(False)
+    return sorted(chosen)
+
+
+def _named(model: nn.Module, name: str, known: dict[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters that one word of --freeze means. Raises UsageError for a layer that is not there."""
+    ends = {"embed": model.get_input_embeddings, "head": model.get_output_embeddings}
+    if name in ends:
+        wanted = {id(p) for p in ends[name]().parameters()}
+        return {n for n, p in known.items() if id(p) in wanted}
+    if match := re.fullmatch(r"layers\.(\d+)(?:-(\d+))?", name, re.ASCII):
+        depth = int(model.config.num_hidden_layers)
+        stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < depth:
+            raise UsageError(f"--freeze {name}: this model has layers 0 to {depth - 1}")
+        wanted = {id(p) for layer in stack[first : last + 1] for p in layer.parameters()}
+        return {n for n, p in known.items() if id(p) in wanted}
+    return {n for n in known if n == name or n.startswith(f"{name}.") or fnmatch.fnmatchcase(n, name)}
 
 
 def weights_fingerprint(name: str, *, offline: bool = False) -> str:

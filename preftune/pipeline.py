@@ -215,6 +215,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     """Read, audit, encode, split, load, build the reference column and check everything; writes nothing but the column's cache."""
     torch.manual_seed(options.seed)
     objective = task.objective(options)
+    engine.optimiser_named(options.optimiser)
     scoring = rule(options.eval_reward) if options.eval_reward else None
     device = models.pick_device(options.device)
     records, first, facts = read_records(task, options)
@@ -240,15 +241,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     found = selfcheck.check(model, store, train, objective, columns, codec, dtype=options.dtype, device=device, fresh=True)
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
-    frozen = None
-    if options.lora:
-        model = models.add_lora(
-            model, rank=options.lora, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed
-        )
-    elif options.eval_prompts:
-        frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
-    if options.gradient_checkpointing:
-        models.checkpoint_layers(model)
+    model, frozen, trained = what_trains(model, options, device)
     lr, reason = engine.auto_rate(size, lora=bool(options.lora), supervised=objective.reads == "responses")
     lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
     say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
@@ -267,12 +260,33 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
                          "template": fingerprint(codec.describe()), "base": base, "reference": key},
         "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
-        "audit": facts["audit"], "self_check": found, "parameters": size, "learning_rate": lr, "learning_rate_reason": reason,
-        "packed": packs(model), "loss": objective.name,
+        "audit": facts["audit"], "self_check": found, "parameters": size, "trained": trained, "learning_rate": lr,
+        "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
     }  # fmt: skip
     prompts = prompts_to_sample(kept, store, held, options, models.window_of(model.config))
     return Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
                  manifest)  # fmt: skip
+
+
+def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | None, dict[str, Any]]:
+    """The policy, the frozen reference model where it is another one, and what of the policy trains, for the manifest."""
+    kept: list[str] = []
+    frozen = None
+    if options.lora:
+        model = models.add_lora(
+            model, rank=options.lora, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed
+        )
+    elif options.eval_prompts:
+        frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+    if options.freeze:
+        kept = models.freeze(model, options.freeze)
+    if options.gradient_checkpointing:
+        models.checkpoint_layers(model)
+    live = [p for p in model.parameters() if p.requires_grad]
+    count = {"parameters": sum(p.numel() for p in live), "tensors": len(live), "of": models.parameters_of(model), "frozen": kept}
+    if options.lora or kept:
+        say(f"training {count['parameters']:,} of {count['of']:,} weights")
+    return model, frozen, count
 
 
 def prompts_to_sample(records: list[Record], store: Store, held: np.ndarray, options: Training, window: int | None) -> list[Text]:
@@ -336,7 +350,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
     state = engine.make_state(setup.model, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
-                              betas=(options.adam_beta1, options.adam_beta2))  # fmt: skip
+                              betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser)  # fmt: skip
     metrics, samples = runs.Log(folder / "metrics.jsonl"), runs.Log(folder / "samples.jsonl")
     runs.require_space(
         folder, (options.keep + 2) * 12 * sum(m.numel() for m in state.masters.values()), "a run with its checkpoints"

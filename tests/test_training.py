@@ -1,0 +1,165 @@
+"""What trains and how: frozen weights, adapters given and made, optimisers, early stop, trackers, memory; each resumes bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import make
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_dpo import same_run, stop_after
+
+from preftune import checkpoints, engine, models
+from preftune.config import Dpo
+from preftune.errors import UsageError
+from preftune.stages import dpo
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    before = os.environ.get("PREFTUNE_CACHE")
+    os.environ["PREFTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("PREFTUNE_CACHE") if before is None else os.environ.update(PREFTUNE_CACHE=before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make.write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return make.write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40)
+
+
+@pytest.fixture
+def options(base, pairs, tmp_path) -> Dpo:
+    return Dpo(model=str(base), data=[str(pairs)], output=str(tmp_path / "run"), lr=2e-3, epochs=1, batch_size=8, sample_tokens=4,
+               eval_prompts=2, holdout=0.2, report=False, threads=1)  # fmt: skip
+
+
+def read(folder: str | Path, name: str) -> dict[str, Any]:
+    return json.loads((Path(folder) / name).read_text())
+
+
+def resumes_bitwise(wanted: Dpo, tmp_path: Path, *stops: int) -> Path:
+    """The whole run, and runs killed after these checkpoints and resumed: the same bytes."""
+    whole = replace(wanted, output=str(tmp_path / "whole"), save_every=1, keep=99)
+    dpo.run(whole)
+    for stop in stops:
+        cut = tmp_path / f"cut{stop}"
+        stop_after(replace(whole, output=str(cut)), stop)
+        dpo.run(Dpo(resume=str(cut)))
+        same_run(tmp_path / "whole", cut)
+    return tmp_path / "whole"
+
+
+# --- frozen weights ------------------------------------------------------------------------------------------------------------
+
+FREEZE = [
+    ("embed", {"model.embed_tokens.weight"}, 1),
+    ("head", {"lm_head.weight"}, 1),
+    ("embed, head,model.norm", {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}, 3),
+    ("layers.0", "model.layers.0.", 9),
+    ("layers.0-1", "model.layers.", 18),
+    ("model.layers.1.mlp", "model.layers.1.mlp.", 3),
+    ("*.self_attn.?_proj.weight", "model.layers.", 8),
+]
+
+
+@pytest.mark.parametrize(("names", "expected", "count"), FREEZE, ids=[row[0] for row in FREEZE])
+def test_freeze_stops_exactly_what_it_names(names, expected, count):
+    model = make.model()
+    frozen = models.freeze(model, names)
+    assert len(frozen) == count == sum(not p.requires_grad for p in model.parameters())
+    assert set(frozen) == expected if isinstance(expected, set) else all(n.startswith(expected) for n in frozen)
+
+
+def test_freeze_finds_layers_whatever_they_are_called():
+    assert all(n.startswith("transformer.h.1.") for n in models.freeze(make.model("gpt2"), "layers.1"))
+
+
+REFUSED = [
+    ("embd", "no weight of this model has such a name (did you mean 'embed'?)"),
+    ("model.layers.0.mpl", "(did you mean 'model.layers.0.mlp'?)"),
+    ("layers.0-2", "this model has layers 0 to 1"),
+    ("layers.1-0", "this model has layers 0 to 1"),
+    ("embed,", "--freeze : no weight"),
+    ("*", "nothing would train: all 21 weights"),
+]
+
+
+@pytest.mark.parametrize(("names", "words"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_freeze_refuses_what_it_cannot_do(names, words):
+    model = make.model()
+    with pytest.raises(UsageError) as error:
+        models.freeze(model, names)
+    assert words in str(error.value) and all(p.requires_grad for p in model.parameters())
+
+
+def test_tied_ends_freeze_together_or_not_at_all():
+    for names in ("embed", "head", "embed,layers.0"):
+        with pytest.raises(UsageError, match="one tensor in this model"):
+            models.freeze(make.model(tie_word_embeddings=True), names)
+    assert models.freeze(make.model(tie_word_embeddings=True), "embed,head") == ["model.embed_tokens.weight"]
+
+
+def test_a_run_with_frozen_weights(options, base, tmp_path):
+    """Frozen weights come out bit for bit as they went in, the others move; no moments are kept for them; it resumes."""
+    folder = resumes_bitwise(replace(options, freeze="embed,layers.0"), tmp_path, 2)
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
+    still = {n for n in before if torch.equal(before[n], after[n])}
+    assert still == {"model.embed_tokens.weight", *(n for n in before if n.startswith("model.layers.0."))}
+    trained = read(folder, "manifest.json")["trained"]
+    assert set(trained["frozen"]) == still and trained["tensors"] == len(before) - 10
+    assert trained["parameters"] == sum(before[n].numel() for n in before if n not in still) < trained["of"]
+    found = checkpoints.latest(folder)
+    assert {n.split("|")[0] for n in found.tensors("optimizer")} == set(before) - still == set(found.tensors("weights"))
+
+
+# --- optimisers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rmsprop_is_the_papers_update():
+    """One step by hand: v = 0.01 g^2, w - lr g / (sqrt(v) + 1e-8) = w - 10 lr sign(g)."""
+    model = make.model()
+    state = engine.make_state(model, rate=lambda step: 0.01, clip=0.0, optimiser="rmsprop")
+    before = {n: w.detach().clone() for n, w in state.weights.items()}
+    for w in state.weights.values():
+        w.grad = torch.full_like(w, -0.5)
+    state.optimizer.step()
+    for name, w in state.weights.items():
+        assert torch.allclose(w, before[name] + 0.1, atol=1e-6), name
+
+
+@pytest.mark.parametrize("extra", [{}, {"dtype": "bf16"}], ids=["fp32", "bf16"])
+def test_rmsprop_resumes_bitwise(extra, options, tmp_path):
+    folder = resumes_bitwise(replace(options, optimiser="rmsprop", lr=3e-4, **extra), tmp_path, 1, 3)
+    moments = checkpoints.latest(folder).tensors("optimizer")
+    assert {n.split("|")[1] for n in moments} == {"step", "square_avg"}
+    results = read(folder, "results.json")
+    assert results["after"]["eval/loss"] < results["before"]["eval/loss"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_eight_bit_moments_resume_bitwise(tmp_path, options, pairs):
+    """Weights of 4,096 numbers or more have moments in 8 bits."""
+    model = make.write_model(tmp_path / "wide", hidden_size=64, intermediate_size=128)
+    folder = resumes_bitwise(replace(options, model=str(model), optimiser="adamw-8bit"), tmp_path, 1, 3)
+    moments = checkpoints.latest(folder).tensors("optimizer")
+    assert {t.dtype for n, t in moments.items() if n.endswith("|state1")} == {torch.uint8, torch.float32}
+    results = read(folder, "results.json")
+    assert results["after"]["eval/loss"] < results["before"]["eval/loss"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bit_without_its_library_is_refused_first(options):
+    with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'preftune\[8bit\]'"):
+        dpo.run(replace(options, optimiser="adamw-8bit", model="./nowhere", data=["nowhere.jsonl"]))
