@@ -16,9 +16,9 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import __version__
 from .config import (
@@ -30,6 +30,7 @@ from .config import (
     Demo,
     Dpo,
     Env,
+    Export,
     Given,
     Logprobs,
     Options,
@@ -71,6 +72,7 @@ VERBS: dict[str, Verb] = {
     "logprobs": Verb(Logprobs, "log-probabilities of the responses in a data file", "judge"),
     "chat": Verb(Chat, "talk to a model, or to two side by side", "use"),
     "report": Verb(Report, "one self-contained HTML page from a run folder", "use"),
+    "export": Verb(Export, "a folder to publish: model, tokeniser, a factual model card", "use"),
 }
 
 HELPS = ("-h", "--help", "--help-all", "--help-losses")
@@ -288,6 +290,14 @@ def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
     return name, list(words[len(name.split()) :])
 
 
+def stage(name: str) -> Callable[[Options], int | None]:
+    """What does the work of a verb: `stages.VERB.run`, or of a verb of two words `stages.FIRST.SECOND`."""
+    from . import stages  # only here: a stage imports torch
+
+    room, _, function = name.partition(" ")
+    return getattr(importlib.import_module(f"{stages.__name__}.{room}"), function or "run")
+
+
 def _dispatch(words: list[str]) -> int:
     """Runs a command line without --debug; help and version go to stdout."""
     if not words or words[0] in ("-h", "--help", "--help-all"):
@@ -304,11 +314,8 @@ def _dispatch(words: list[str]) -> int:
     if wanted and wanted != "--help-losses":
         print(verb_help(name, everything=wanted == "--help-all"))
         return 0
-    options: Any = parse(rest, VERBS[name].options)
-    from . import stages  # only here: a stage imports torch
-
-    room, _, function = name.partition(" ")
-    return getattr(importlib.import_module(f"{stages.__name__}.{room}"), function or "run")(options) or 0
+    options = parse(rest, VERBS[name].options)  # before the stage is imported: a misspelt option is told at once
+    return stage(name)(options) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

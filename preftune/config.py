@@ -224,6 +224,17 @@ class Report(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export(Options):
+    """A folder to publish: the merged model, or only its adapter, the tokeniser, and a model card that says what was measured."""
+
+    EXAMPLE = "preftune export runs/first --output published/first"
+    run: str | None = option(None, "run folder to read", required=True, positional=True)
+    output: str | None = option(None, "folder to make; must be empty or absent", shows="FOLDER", required=True)
+    adapter: bool = option(False, "only the LoRA adapter, not the merged model")
+    dtype: str | None = option(None, "number format of the stored weights. Default: as the run stored them", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(Options):
     """The whole pipeline on a tiny model and corpus made here: CPU, offline, minutes; ends with a report."""
 
@@ -617,6 +628,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
     ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
+    ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),
     ((DataConvert,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((DataCheck,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}), "names a file of --data: every prompt would be a leak"),
     *(((DataCheck,), name, lambda o: o.model is None, "has no effect without --model") for name in ("max_length", "finish", "bos", "template")),

@@ -252,13 +252,17 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         )
     facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(intake.dropped),
               "encoding": dict(intake.cases), "refused": [str(e) for e in intake.refused[:100]]}  # fmt: skip
-    data = fingerprint([identity(p) for p in (*options.data, *options.eval_data)], options.from_scores)
+    files = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
+    data = fingerprint([found for _, *found in files], options.from_scores)
     if scoring:
         facts["eval_reward"] = {"rule": scoring.name, "sha256": sha256_file(scoring.path)}
     manifest = {
         "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
                          "template": fingerprint(codec.describe()), "base": base, "reference": key},
+        "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
+        "files": [{"name": p, "sha256": found, "weight": weight, "held_out": i >= len(options.data)}
+                  for i, (p, found, weight) in enumerate(files)],
         "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
         "audit": facts["audit"], "self_check": found, "parameters": size, "trained": trained, "learning_rate": lr,
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
