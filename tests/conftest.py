@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import child
 import pytest
 
 
@@ -14,3 +16,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def children(tmp_path_factory) -> Iterator[child.Children]:
+    """Processes that may be killed: tests/child.py says how."""
+    with child.server(tmp_path_factory.mktemp("children")) as found:
+        yield found

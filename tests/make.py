@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from preftune import checkpoints
 from preftune.records import Judgement, Record, Response
 from preftune.store import Store, build
 from preftune.tokens import make_codec
@@ -131,6 +132,30 @@ def write_pairs(path: Path, count: int = 40, *, seed: int = 0) -> Path:
         lines.append(json.dumps({"prompt": f"{i} {tail}", "chosen": f" thanks {tail}", "rejected": f" no {tail}"}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+class Stopped(BaseException):
+    """As a kill would: nothing in the house catches it."""
+
+
+def stop_after(run: Callable[[Any], Any], options: Any, step: int) -> None:
+    """Run until the checkpoint of `step` stands, then no further: on the disk is what a kill at that moment leaves."""
+    saved = checkpoints.save
+
+    def save_and_stop(folder: Any, at: int, *args: Any, **kwargs: Any) -> Any:
+        path = saved(folder, at, *args, **kwargs)
+        if at == step:
+            raise Stopped
+        return path
+
+    checkpoints.save = save_and_stop
+    try:
+        run(options)
+    except Stopped:
+        return
+    finally:
+        checkpoints.save = saved
+    raise AssertionError(f"the run ended before step {step}")
 
 
 @contextmanager

@@ -1,20 +1,22 @@
 """`dpo` end to end on a tiny model: it learns, it writes what it says, it resumes bit for bit, it refuses in words.
 
-Stops are real: the run is a forked child, killed by SIGKILL or asked by SIGTERM; nothing is imported twice.
+A stop is an exception that nothing catches, raised as soon as a checkpoint stands (`make.stop_after`); the kills are real SIGKILLs of
+child processes (tests/child.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import child
 import make
 import pytest
 import torch
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from preftune import checkpoints, pipeline
 from preftune.config import Dpo
-from preftune.errors import CheckpointError, DataError, Interrupted, ModelError, NumericsError, PreftuneError, UsageError
+from preftune.errors import CheckpointError, DataError, ModelError, NumericsError, PreftuneError, UsageError
 from preftune.stages import dpo
 
 TIMES = {"seconds", "tokens_per_second"}
@@ -99,131 +101,69 @@ def test_reference_column_is_reused_by_another_beta_and_loss(options, capsys):
     assert "reference log-probs: reused" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [{}, {"lora": 4}, {"micro_tokens": 60}, {"dtype": "bf16"}, {"loss": "kto", "micro_tokens": 100}],
-                         ids=["full", "lora", "accumulated", "bf16", "kto"])  # fmt: skip
-def test_resume_is_bitwise(extra, options, tmp_path):
-    """Stopped inside an epoch, at its end and at the last step: the same bytes as a run that never stopped."""
+RESUMED = {
+    "full": {}, "lora": {"lora": 4}, "accumulated": {"micro_tokens": 60}, "lora accumulated": {"lora": 4, "micro_tokens": 60},
+    "bf16": {"dtype": "bf16"}, "two passes": {"loss": "kto", "micro_tokens": 100},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", RESUMED.values(), ids=RESUMED)
+def test_fault_25_resume_is_bitwise(extra, options, tmp_path):
+    """Stopped after the first step, inside an epoch, at its end, before the last step and at it, all in one run: the same bytes as a
+    run that never stopped."""
     wanted = replace(options, output=str(tmp_path / "whole"), eval_every=3, save_every=1, keep=99, **extra)
     dpo.run(wanted)
-    whole = Path(wanted.output)
-    steps = checkpoints.latest(whole).step
-    assert steps == 12
+    whole, cut = Path(wanted.output), tmp_path / "cut"
+    assert checkpoints.latest(whole).step == 12
+    going = replace(wanted, output=str(cut))
     for stop in (1, 4, 6, 11, 12):
-        cut = tmp_path / f"cut{stop}"
-        stop_after(replace(wanted, output=str(cut)), stop)
+        make.stop_after(dpo.run, going, stop)
         assert not (cut / "results.json").exists() and checkpoints.latest(cut).step == stop
-        dpo.run(Dpo(resume=str(cut)))
-        same_run(whole, cut)
-        assert dpo.run(Dpo(resume=str(cut))) == 0  # again: nothing to do, nothing changes
-        same_run(whole, cut)
+        going = Dpo(resume=str(cut))
+    assert dpo.run(going) == 0
+    same_run(whole, cut)
+    assert dpo.run(going) == 0  # again: nothing to do, nothing changes
+    same_run(whole, cut)
 
 
-def stop_after(options: Dpo, step: int) -> None:
-    """Run in a forked child that is killed as soon as the checkpoint of `step` stands."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            saved = checkpoints.save
-
-            def save_and_die(folder, at, *args, **kwargs):
-                path = saved(folder, at, *args, **kwargs)
-                if at == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return path
-
-            checkpoints.save = save_and_die
-            dpo.run(options)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
-def kill_until_done(options: Dpo, kills: int, seed: int, longest: float) -> tuple[int, int]:
-    """Start, kill at a random moment, resume, ... until `kills` kills have happened; then let it finish. (kills, resumes)."""
-    rng, done, resumed = random.Random(seed), 0, 0
-    folder = Path(str(options.output))
-    while True:
+def kill_until_done(children: child.Children, options: Dpo, kills: int, seed: int, longest: float) -> int:
+    """Start, kill at a random moment, resume, ... until `kills` kills have happened; then let it finish. How many kills."""
+    rng, done, folder = random.Random(seed), 0, Path(str(options.output))
+    while not (folder / "results.json").is_file():
         begun = (folder / "config.yaml").is_file()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                code = dpo.run(Dpo(resume=str(folder)) if begun else options)
-            except PreftuneError as error:
-                os.write(1, f"{error}\n".encode())
-                code = error.exit_code
-            finally:
-                os._exit(code)
-        resumed += begun
+        pid = children.start(dpo.run, Dpo(resume=str(folder)) if begun else options)
         if done < kills:
             time.sleep(rng.uniform(0.0, longest))
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                done += 1
-                if (folder / "results.json").is_file():
-                    return done, resumed
-                continue
-            assert (folder / "results.json").is_file()
-            return done, resumed
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        return done, resumed
+        status = children.wait()
+        assert status in (0, -signal.SIGKILL), children.said()
+        done += status != 0
+    return done
 
 
-def run_killed(options: Dpo, tmp_path: Path, kills: int) -> None:
+def run_killed(children: child.Children, options: Dpo, tmp_path: Path, kills: int) -> None:
     wanted = replace(options, output=str(tmp_path / "whole"), save_every=1, eval_every=4, epochs=3)
     began = time.monotonic()
     dpo.run(wanted)
     longest, total = 0.8 * (time.monotonic() - began), 0
     for round_ in range(3 * kills):
         killed = tmp_path / f"killed{round_}"
-        done, _ = kill_until_done(replace(wanted, output=str(killed)), min(4, kills - total), round_, longest)
-        total += done
+        total += kill_until_done(children, replace(wanted, output=str(killed)), min(4, kills - total), round_, longest)
         same_run(tmp_path / "whole", killed)
         if total >= kills:
             break
     assert total >= kills
 
 
-def test_twenty_kills_lose_nothing(options, tmp_path):
-    run_killed(options, tmp_path, 20)
+def test_fault_22_twenty_kills_lose_nothing(options, tmp_path, children):
+    run_killed(children, options, tmp_path, 20)
 
 
 @pytest.mark.soak
-def test_two_hundred_kills_lose_nothing(options, tmp_path):
-    run_killed(options, tmp_path / "full", 100)
-    run_killed(replace(options, lora=4), tmp_path / "lora", 100)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit_with_their_code(number, options, tmp_path):
-    wanted = replace(options, output=str(tmp_path / "whole"), save_every=100, eval_every=4)
-    dpo.run(wanted)
-    folder = tmp_path / "stopped"
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            train = pipeline.engine.train
-
-            def hit_at_five(state, *args, **kwargs):
-                for line in train(state, *args, **kwargs):
-                    if state.step == 5:
-                        os.kill(os.getpid(), number)
-                    yield line
-
-            pipeline.engine.train = hit_at_five
-            dpo.run(replace(wanted, output=str(folder)))
-        except Interrupted as error:
-            code = error.exit_code
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
-    assert checkpoints.latest(folder).step == 5
-    dpo.run(Dpo(resume=str(folder)))
-    same_run(tmp_path / "whole", folder)
+def test_fault_22_two_hundred_kills_lose_nothing(options, tmp_path, children):
+    run_killed(children, options, tmp_path / "full", 100)
+    run_killed(children, replace(options, lora=4), tmp_path / "lora", 100)
 
 
 def test_changed_data_or_model_is_refused_on_resume(options, base, pairs, tmp_path):
@@ -231,7 +171,7 @@ def test_changed_data_or_model_is_refused_on_resume(options, base, pairs, tmp_pa
     data.write_bytes(pairs.read_bytes())
     make.write_model(model)
     wanted = replace(options, data=[str(data)], model=str(model))
-    stop_after(replace(wanted, save_every=1), 2)
+    make.stop_after(dpo.run, replace(wanted, save_every=1), 2)
     data.write_text(pairs.read_text().replace("thanks", "thanky", 1))
     with pytest.raises(CheckpointError, match="data, reference changed"):
         dpo.run(Dpo(resume=wanted.output))
@@ -245,7 +185,7 @@ def test_a_broken_newest_checkpoint_falls_back_and_says_so(options, tmp_path, ca
     wanted = replace(options, save_every=1, output=str(tmp_path / "whole"))
     dpo.run(wanted)
     cut = replace(wanted, output=str(tmp_path / "cut"))
-    stop_after(cut, 6)
+    make.stop_after(dpo.run, cut, 6)
     newest = checkpoints.latest(Path(cut.output)).path / "weights.safetensors"
     raw = bytearray(newest.read_bytes())
     raw[-1] ^= 1

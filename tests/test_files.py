@@ -6,13 +6,13 @@ import errno
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import child
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,19 +24,9 @@ from preftune.errors import DataError, DiskError, NumericsError, UsageError
 ROOT = Path(__file__).parents[1]
 
 
-def in_child(work, *, limit: int | None = None) -> int:
-    """Run `work` in a forked process (no file larger than `limit` bytes); its exit status: 0, or 1 for an exception."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def limited(limit: int) -> None:
+    """No file of this process may grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 # --- whole files -------------------------------------------------------------------------------------------------------------
@@ -71,15 +61,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_a_real_limit_on_the_file_size_is_a_disk_error(tmp_path):
+def write_too_much(path: str) -> None:
+    limited(4096)
+    with pytest.raises(DiskError, match=r"a: cannot be written: larger than a file may be here \(97\.7 KiB needed"):
+        files.atomic_write(path, b"x" * 100_000)
+
+
+def test_a_real_limit_on_the_file_size_is_a_disk_error(tmp_path, children):
     path = tmp_path / "a"
     files.atomic_write(path, "old")
-
-    def work():
-        with pytest.raises(DiskError, match=r"a: cannot be written: larger than a file may be here \(97\.7 KiB needed"):
-            files.atomic_write(path, b"x" * 100_000)
-
-    assert in_child(work, limit=4096) == 0
+    assert children.call(write_too_much, path) == 0, children.said()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
@@ -117,13 +108,13 @@ def test_a_line_is_on_the_disk_before_the_append_returns(tmp_path, monkeypatch):
     assert calls == ["line", "folder", "line"]
 
 
-def test_the_temporary_of_a_killed_writer_is_removed_by_the_next(tmp_path):
+def die_writing(path: str) -> None:
+    files.publish_file(path, lambda temporary: (temporary.write_bytes(b"x" * 999), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_the_temporary_of_a_killed_writer_is_removed_by_the_next(tmp_path, children):
     path = tmp_path / "column.npy"
-
-    def work():
-        files.publish_file(path, lambda temporary: (temporary.write_bytes(b"x" * 999), os.kill(os.getpid(), signal.SIGKILL)))
-
-    assert in_child(work) == -signal.SIGKILL
+    assert children.call(die_writing, path) == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 1 and not path.exists()
     elsewhere = tmp_path / ".tmp-column.npy@another-host-1"
     elsewhere.write_text("still writing")
@@ -215,44 +206,42 @@ def test_a_bad_line_before_the_last_is_named(tmp_path):
         files.read_jsonl(path)
 
 
-def test_an_append_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
+def append_too_much(path: str) -> None:
+    limited(4096)
+    with pytest.raises(DiskError, match=r"m\.jsonl: cannot be written"):
+        files.append_jsonl(path, {"step": 2, "text": "x" * 9000})
+
+
+def test_an_append_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, children):
     path = tmp_path / "m.jsonl"
     files.append_jsonl(path, {"step": 1})
     before = path.read_bytes()
-
-    def work():
-        with pytest.raises(DiskError, match=r"m\.jsonl: cannot be written"):
-            files.append_jsonl(path, {"step": 2, "text": "x" * 9000})
-
-    assert in_child(work, limit=4096) == 0
+    assert children.call(append_too_much, path) == 0, children.said()
     assert path.read_bytes() == before
 
 
-def test_no_acknowledged_line_is_lost_to_a_kill(tmp_path):
-    path, (reader, writer) = tmp_path / "m.jsonl", os.pipe()
+def append_for_ever(path: str, said: str, step: int) -> None:
+    """Append lines; a step is acknowledged in `said`, 8 bytes each, only after the append has returned."""
+    acknowledge = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    while True:
+        files.append_jsonl(path, {"step": step, "text": "x" * 3000})
+        os.write(acknowledge, step.to_bytes(8, "little"))
+        step += 1
+
+
+def test_no_acknowledged_line_is_lost_to_a_kill(tmp_path, children):
+    path, said = tmp_path / "m.jsonl", tmp_path / "said"
     for round_ in range(5):
-        pid = os.fork()
-        if pid == 0:
-            step = round_ * 1_000_000
-            while True:
-                files.append_jsonl(path, {"step": step, "text": "x" * 3000})
-                os.write(writer, step.to_bytes(8, "little"))
-                step += 1
-        for _ in range(10 + round_):
-            assert select.select([reader], [], [], 60)[0], "the writing process never wrote"
-            last = int.from_bytes(os.read(reader, 8), "little")
+        first = round_ * 1_000_000
+        said.unlink(missing_ok=True)
+        pid = children.start(append_for_ever, path, said, first)
+        child.until(lambda lines=10 + round_: said.exists() and said.stat().st_size >= 8 * lines)
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.set_blocking(reader, False)
-        while True:
-            try:
-                last = int.from_bytes(os.read(reader, 8), "little")
-            except BlockingIOError:
-                break
-        os.set_blocking(reader, True)
+        assert children.wait() == -signal.SIGKILL
+        last = int.from_bytes(said.read_bytes()[-8:], "little")
         steps = [row["step"] for row in files.read_jsonl(path)]
         assert last in steps and steps == sorted(set(steps))
-        assert [s for s in steps if s >= round_ * 1_000_000][: last % 1_000_000 + 1] == list(range(round_ * 1_000_000, last + 1))
+        assert [s for s in steps if s >= first][: last - first + 1] == list(range(first, last + 1))
 
 
 # --- hashes ------------------------------------------------------------------------------------------------------------------
@@ -306,26 +295,28 @@ def test_what_has_no_stable_bytes_is_refused():
 # --- folders -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
-    def work():
-        holder = f"process {os.getppid()} on {socket.gethostname()} works in this run folder"
-        with pytest.raises(DiskError, match=holder), files.run_lock(tmp_path):
-            pass
+def be_refused(folder: str, holder: int) -> None:
+    words = f"process {holder} on {socket.gethostname()} works in this run folder"
+    with pytest.raises(DiskError, match=words), files.run_lock(folder):
+        pass
 
+
+def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path, children):
     with files.run_lock(tmp_path):
-        assert in_child(work) == 0
+        assert children.call(be_refused, tmp_path, os.getpid()) == 0, children.said()
         with pytest.raises(DiskError), files.run_lock(tmp_path):  # nor this process, twice
             pass
     with files.run_lock(tmp_path):
         pass
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    def work():
-        with files.run_lock(tmp_path):
-            os.kill(os.getpid(), signal.SIGKILL)
+def die_holding(folder: str) -> None:
+    with files.run_lock(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(work) == -signal.SIGKILL
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, children):
+    assert children.call(die_holding, tmp_path) == -signal.SIGKILL
     assert json.loads((tmp_path / files.LOCK).read_text())["pid"]  # its stamp is still there
     with files.run_lock(tmp_path):
         pass

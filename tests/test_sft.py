@@ -9,7 +9,7 @@ from pathlib import Path
 
 import make
 import pytest
-from test_dpo import lines, same_run, stop_after
+from test_dpo import lines, same_run
 
 from preftune import checkpoints, pipeline
 from preftune.config import Dpo, Sft
@@ -64,16 +64,26 @@ def test_judged_data_without_preferred_is_refused_and_the_reverse(options, tmp_p
     assert sft.run(replace(options, data=[str(plain)], preferred=False, max_steps=1)) == 0
 
 
-@pytest.mark.parametrize("extra", [{}, {"lora": 4}, {"micro_tokens": 40}], ids=["full", "lora", "accumulated"])
-def test_resume_is_bitwise(extra, options, tmp_path, monkeypatch):
+RESUMED = {
+    "full": {},
+    "lora": {"lora": 4},
+    "accumulated": {"micro_tokens": 40},
+    "lora accumulated": {"lora": 4, "micro_tokens": 40},
+}
+
+
+@pytest.mark.parametrize("extra", RESUMED.values(), ids=RESUMED)
+def test_fault_25_resume_is_bitwise(extra, options, tmp_path):
+    """Stopped inside an epoch, at its end and at the last step, all in one run."""
     wanted = replace(options, output=str(tmp_path / "whole"), eval_every=3, save_every=1, keep=99, epochs=2, lr=3e-3, **extra)
     sft.run(wanted)
-    monkeypatch.setattr(dpo, "run", sft.run)  # stop_after runs `dpo.run` in its child
-    for stop in (1, 5, checkpoints.latest(tmp_path / "whole").step):
-        cut = tmp_path / f"cut{stop}"
-        stop_after(replace(wanted, output=str(cut)), stop)
-        sft.run(Sft(resume=str(cut)))
-        same_run(tmp_path / "whole", cut)
+    assert checkpoints.latest(tmp_path / "whole").step == 8
+    going = replace(wanted, output=str(tmp_path / "cut"))
+    for stop in (1, 4, 8):
+        make.stop_after(sft.run, going, stop)
+        going = Sft(resume=str(tmp_path / "cut"))
+    sft.run(going)
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_run_of_one_verb_is_not_resumed_by_another(options):
