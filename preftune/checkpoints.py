@@ -173,11 +173,32 @@ def _publish(staging: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. Raises CheckpointError where it is missing or does not verify."""
+    path = Path(folder) / "checkpoints" / f"step-{step:06d}"
+    try:
+        verify(path, step)
+        return Checkpoint(step, path, read_json(path / "state.json"))
+    except (CheckpointError, DataError) as error:
+        raise CheckpointError(f"{path}: cannot be used: {error}") from error
+
+
+def _needs(path: Path) -> list[int]:
+    """Steps of the other checkpoints that one cannot do without: `needs` in its state."""
+    try:
+        return list(read_json(path / "state.json").get("needs", []))
+    except DataError:
+        return []
+
+
 def _prune(base: Path, step: int, keep: int) -> None:
-    """Remove what is older than the `keep` newest up to `step`. Newer ones are none of ours and stay."""
-    older = [path for number, path in _candidates(base) if number < step]
+    """Remove what is older than the `keep` newest up to `step` and needed by none of them. Newer ones are none of ours and stay."""
+    found = [(number, path) for number, path in _candidates(base) if number < step]
+    stay = [base / f"step-{step:06d}", *(path for _, path in found[: keep - 1])]
+    needed = {number for path in stay for number in _needs(path)}
+    older = [path for number, path in found[keep - 1 :] if number not in needed]
     replaced = [path for number, path in _candidates(base) if number == step and path.name.endswith("-replaced")]
-    for path in (*replaced, *older[keep - 1 :]):
+    for path in (*replaced, *older):
         doomed = base / f"{STAGING}{path.name}-old"  # no kill leaves half a checkpoint under a checkpoint's name
         os.rename(path, doomed)
         shutil.rmtree(doomed)
@@ -190,7 +211,7 @@ def save(folder: Path, step: int, tensors: Groups, state: Mapping[str, Any], *, 
         folder: the run folder; the caller holds its lock.
         step: optimiser steps done.
         tensors: groups by name, each written to `{name}.safetensors`; no two tensors may share memory.
-        state: JSON-able, written to `state.json`.
+        state: JSON-able, written to `state.json`. Its `needs`, a list of steps, keeps those checkpoints for as long as this one stays.
         keep: how many checkpoints stay; older ones are removed after the new one was read back and equals the memory.
 
     Raises DiskError (space, permission; earlier checkpoints stand and the staging folder is gone), CheckpointError where what was

@@ -134,6 +134,8 @@ class Training(Judged):
     freeze: str | None = option(None, "do not train these: embed, head, layers.0-11, or beginnings or patterns of weight names, with commas", group="training", shows="NAMES")
     lora_targets: str = option("all-linear", "modules that get LoRA: all-linear or comma-separated name endings", group="training", shows="NAMES")
     max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
+    patience: int | None = option(None, "stop after this many evaluations without a lower held-out loss", group="training", low=1)
+    min_improvement: float = option(0.0, "what the held-out loss must fall by to count for --patience", group="training", low=0)
     schedule: str = option("linear", "learning rate after warm-up", group="training", choices=("linear", "cosine", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", group="training", low=0, high=1)
     optimiser: str = option("adamw", "adamw, rmsprop (as in the DPO paper), or adamw-8bit (needs the extra [8bit])", group="training", choices=("adamw", "rmsprop", "adamw-8bit"))
@@ -151,6 +153,7 @@ class Training(Judged):
     # keeping
     save_every: int | None = option(None, "steps between checkpoints. Default: at every evaluation", group="keeping", low=1)
     keep: int = option(2, "checkpoints kept", group="keeping", low=1)
+    publish: str | None = option(None, "which weights become model/: of the lowest held-out loss, or of the last step. Default: best with --patience, else last", group="keeping", choices=("best", "last"))
     report: bool = option(True, "write report.html at the end", group="keeping")
 
 
@@ -313,6 +316,7 @@ ALSO_CALLED = {
     "max_grad_norm": "clip", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "lora_r": "lora", "lora_rank": "lora",
     "resume_from_checkpoint": "resume", "eval_steps": "eval_every", "save_steps": "save_every", "max_new_tokens": "sample_tokens",
     "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
+    "early_stopping_patience": "patience", "early_stopping_threshold": "min_improvement", "load_best_model_at_end": "publish",
     "optim": "optimiser", "optimizer": "optimiser", "freeze_layers": "freeze",
 }  # fmt: skip
 
@@ -617,7 +621,9 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "holdout", lambda o: bool(o.eval_data), "has nothing to do with --eval-data given: that replaces the split"),
     ((Training,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}) and "leak" not in o.allow, "names a file of --data: held-out records must not train"),
     ((Sft,), "from_scores", lambda o: not o.preferred, "has no effect without --preferred: all answers are imitated"),
-    ((Training,), "eval_every", lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data"),
+    *(((Training,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
+    ((Training,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
+    ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
     ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "freeze", lambda o: o.lora > 0, "has no effect with --lora, which trains nothing of the model itself; --lora-targets says where adapters go"),

@@ -33,6 +33,7 @@ class State:
         optimizer: over the masters. rate: step -> learning rate. clip: largest gradient norm, 0 for none.
         step: optimiser steps taken. tokens: tokens of forward passes so far. seconds: training time so far.
         carry: what the objective carries from step to step, by name; empty before the first.
+        watch: what `watch_held_out` keeps; empty before the first evaluation.
     """
 
     model: nn.Module
@@ -45,6 +46,22 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     carry: dict[str, float] = field(default_factory=dict)
+    watch: dict[str, float] = field(default_factory=dict)
+
+
+def watch_held_out(state: State, loss: float, *, least: float) -> bool:
+    """Note an evaluation; returns whether its loss is the lowest so far.
+
+    `best_loss` and `best_step` are the lowest and the first step that had it. `waited` counts evaluations since the loss last fell by
+    `least` (by anything, for 0) below `mark`, where it stood then.
+    """
+    watch = state.watch
+    best = not watch or loss < watch["best_loss"]
+    if best:
+        watch |= {"best_loss": loss, "best_step": state.step}
+    moved = "mark" not in watch or (loss <= watch["mark"] - least and loss < watch["mark"])
+    state.watch = watch | ({"mark": loss, "waited": 0} if moved else {"waited": watch["waited"] + 1})
+    return best
 
 
 def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, weight_decay: float = 0.0,
@@ -242,19 +259,26 @@ def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
 
 def state_numbers(state: State) -> dict[str, Any]:
     """The run's counters."""
-    return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "carry": state.carry}
+    return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "carry": state.carry,
+            "watch": state.watch}  # fmt: skip
 
 
-def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put a checkpoint back, bit for bit. Raises KeyError-free: names must match exactly (checked by the caller's fingerprints)."""
+def restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's trained weights back, bit for bit. Names must match exactly (checked by the caller's fingerprints)."""
     assert weights.keys() == state.masters.keys(), "the checkpoint holds other weights than this run trains"
     with torch.no_grad():
         for name, master in state.masters.items():
             master.copy_(weights[name])
     publish(state)
+
+
+def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put a checkpoint back, bit for bit: weights, moments, counters."""
+    restore_weights(state, weights)
     for key, value in moments.items():
         name, _, slot = key.rpartition("|")
         plain = value.dtype == torch.int64 and not value.ndim  # see state_tensors; torch's own counters are float32
         state.optimizer.state[state.masters[name]][slot] = int(value) if plain else value.clone()
     state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])
     state.carry = {name: float(value) for name, value in numbers["carry"].items()}
+    state.watch = dict(numbers["watch"])

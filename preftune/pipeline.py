@@ -238,6 +238,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     key = reference.identity(store, base, dtype=options.dtype, device=device)
     columns = _columns(model, store, key, objective, options, device)
     held_index = np.flatnonzero(held & _judged(store, objective))
+    if not len(held_index) and (options.patience or options.publish == "best"):
+        raise DataError(f"--{'patience' if options.patience else 'publish best'}: no held-out record has {objective.reads}")
     found = selfcheck.check(model, store, train, objective, columns, codec, dtype=options.dtype, device=device, fresh=True)
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
@@ -366,33 +368,47 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
     samples.cut(found.state["samples_lines"] if found else 0)
     every = options.eval_every or max(1, math.ceil(total / 10))
     save_every = options.save_every or every
+    best = publishes_best(options)
+
+    def over() -> bool:
+        return options.patience is not None and state.watch.get("waited", 0) >= options.patience
 
     def save() -> None:
         numbers = engine.state_numbers(state) | {"metrics_lines": metrics.lines, "samples_lines": samples.lines}
+        numbers["needs"] = [state.watch["best_step"]] if best else []
         checkpoints.save(folder, state.step, engine.state_tensors(state), numbers, keep=options.keep)
 
-    def evaluate() -> None:
+    def evaluate() -> bool:
         line, drawn = _evaluate(options, setup, state.step)
         for row in _sample_rows(setup, drawn, state.step) if drawn else ():
             samples.add(row)
         metrics.add(line)
         say(f"step {state.step}/{total}  {describe(line)}")
+        return "eval/loss" in line and engine.watch_held_out(state, line["eval/loss"], least=options.min_improvement) and best
 
     with runs.stop_on_signals() as stop, bar("training", total) as advance:
         if not found:
             evaluate()
             save()
-        steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=total, micro_tokens=options.micro_tokens,
-                             columns=setup.columns, share=packs(setup.model), device=setup.device)  # fmt: skip
+        steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=state.step if over() else total,
+                             micro_tokens=options.micro_tokens, columns=setup.columns, share=packs(setup.model),
+                             device=setup.device)  # fmt: skip
         for line in engine.train(state, steps, setup.objective, where=setup.store.where):
             metrics.add({"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line)
             advance(state.step, total, f"loss {line['loss']:.4f}")
-            if state.step % every == 0 or state.step == total:
-                evaluate()
-            if state.step % save_every == 0 or state.step == total:
+            lowest = (state.step % every == 0 or state.step == total) and evaluate()
+            if state.step % save_every == 0 or state.step == total or lowest or over():
                 save()
+            if over():
+                say(f"stopped early: {options.patience} evaluations without a lower held-out loss than {state.watch['mark']:.4f}")
+                break
             stop.check(save, task.verb, folder)
     return _finish(task, options, folder, setup, state, metrics, samples)
+
+
+def publishes_best(options: Training) -> bool:
+    """Whether model/ gets the weights of the lowest held-out loss."""
+    return (options.publish or ("best" if options.patience else "last")) == "best"
 
 
 def with_error(line: Mapping[str, Any], name: str, digits: int) -> str:
@@ -424,6 +440,12 @@ def describe(line: Mapping[str, Any]) -> str:
 def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: engine.State, metrics: runs.Log,
             samples: runs.Log) -> int:  # fmt: skip
     """Model, results and report; then the lines that a person reads."""
+    early = options.patience is not None and state.watch["waited"] >= options.patience
+    steps, published = state.step, state.step
+    if publishes_best(options) and state.watch["best_step"] != state.step:
+        published = int(state.watch["best_step"])
+        engine.restore_weights(state, checkpoints.at(folder, published).tensors("weights"))
+        say(f"the model is that of step {published}, whose held-out loss is the lowest")
     with runs.publish_folder(folder / "model") as staging:
         models.save(setup.model, setup.tokenizer, staging)
     if options.lora:
@@ -431,17 +453,19 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
             setup.model.save_pretrained(staging, safe_serialization=True)
     evaluations = [row for row in metrics.rows() if "loss" not in row]
     drawn = samples.rows()
-    last = evaluations[-1]["step"]
-    rewards = {s: np.array([r["reward"] for r in drawn if r["step"] == s]) for s in (0, last)}
+    after = next(row for row in reversed(evaluations) if row["step"] == published)
+    rewards = {s: np.array([r["reward"] for r in drawn if r["step"] == s]) for s in (0, published)}
     paired = None
     if setup.rule and len(rewards[0]):
         shape = (len(setup.prompts), options.eval_samples)
-        paired = paired_difference(rewards[0].reshape(shape), rewards[last].reshape(shape))
+        paired = paired_difference(rewards[0].reshape(shape), rewards[published].reshape(shape))
     scored = [e for e in evaluations if "eval/loss" in e]
     results = {
-        "stage": task.verb, "loss": setup.objective.name, "steps": state.step, "seconds": state.seconds, "tokens": state.tokens,
-        "before": evaluations[0], "after": evaluations[-1], "paired_reward": paired,
+        "stage": task.verb, "loss": setup.objective.name, "steps": steps, "seconds": state.seconds, "tokens": state.tokens,
+        "before": evaluations[0], "after": after, "paired_reward": paired,
         "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
+        "published": {"step": published, "why": "best" if publishes_best(options) else "last"},
+        "stopped_early": {**state.watch, "patience": options.patience, "min_improvement": options.min_improvement} if early else None,
         "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
     }  # fmt: skip
     write_json(folder / "results.json", results)

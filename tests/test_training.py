@@ -13,11 +13,11 @@ import make
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_dpo import same_run, stop_after
+from test_dpo import same_run
 
 from preftune import checkpoints, engine, models
 from preftune.config import Dpo
-from preftune.errors import UsageError
+from preftune.errors import CheckpointError, UsageError
 from preftune.stages import dpo
 
 
@@ -55,7 +55,7 @@ def resumes_bitwise(wanted: Dpo, tmp_path: Path, *stops: int) -> Path:
     dpo.run(whole)
     for stop in stops:
         cut = tmp_path / f"cut{stop}"
-        stop_after(replace(whole, output=str(cut)), stop)
+        make.stop_after(dpo.run, replace(whole, output=str(cut)), stop)
         dpo.run(Dpo(resume=str(cut)))
         same_run(tmp_path / "whole", cut)
     return tmp_path / "whole"
@@ -163,3 +163,78 @@ def test_eight_bit_moments_resume_bitwise(tmp_path, options, pairs):
 def test_eight_bit_without_its_library_is_refused_first(options):
     with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'preftune\[8bit\]'"):
         dpo.run(replace(options, optimiser="adamw-8bit", model="./nowhere", data=["nowhere.jsonl"]))
+
+
+# --- early stop ----------------------------------------------------------------------------------------------------------------
+
+
+def watched(losses: list[float], least: float = 0.0) -> list[tuple[bool, float, float]]:
+    state = engine.make_state(torch.nn.Linear(1, 1), rate=lambda step: 0.1, clip=0.0)
+    out = []
+    for state.step, loss in enumerate(losses):
+        lowest = engine.watch_held_out(state, loss, least=least)
+        out.append((lowest, state.watch["best_step"], state.watch["waited"]))
+    return out
+
+
+def test_patience_counts_evaluations_since_the_last_real_improvement():
+    """By hand: (lowest so far, step of the lowest, evaluations waited)."""
+    assert watched([1.0, 0.9, 0.9, 0.95, 0.8]) == [(True, 0, 0), (True, 1, 0), (False, 1, 1), (False, 1, 2), (True, 4, 0)]
+    # Slow progress is progress in the end: 0.95 and 0.91 are lower, but only 0.89 is 0.1 below the mark of 1.0.
+    assert watched([1.0, 0.95, 0.91, 0.89, 0.88], 0.1) == [(True, 0, 0), (True, 1, 1), (True, 2, 2), (True, 3, 0), (True, 4, 1)]
+
+
+@pytest.fixture
+def turning(options, tmp_path) -> Dpo:
+    """A quarter of the held-out pairs says the opposite: their loss is lowest at a margin of ln 3 and rises beyond it."""
+    rows = [{"prompt": f"q{i}", "chosen": " thanks", "rejected": " no"} for i in range(12)]
+    rows[::4] = [{"prompt": r["prompt"], "chosen": " no", "rejected": " thanks"} for r in rows[::4]]
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(options, eval_data=[str(held)], holdout=0.1, lr=0.02, eval_every=1, warmup=0)
+
+
+def test_an_early_stop_publishes_the_best_and_resumes_bitwise(turning, tmp_path):
+    wanted = replace(turning, epochs=3, patience=3, keep=1)
+    dpo.run(replace(wanted, output=str(tmp_path / "whole"), save_every=1))
+    whole = tmp_path / "whole"
+    results = read(whole, "results.json")
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    best = min(losses, key=losses.get)
+    assert best > 0
+    assert results["steps"] == best + 3 == max(losses) < 15 and results["best_step"] == best
+    assert results["published"] == {"step": best, "why": "best"} and results["after"]["step"] == best
+    assert results["stopped_early"]["best_loss"] == losses[best] and results["stopped_early"]["patience"] == 3
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {f"step-{s:06d}" for s in (best, results["steps"])}
+    kept, model = checkpoints.at(whole, best).tensors("weights"), load_file(whole / "model" / "model.safetensors")
+    assert all(torch.equal(kept[n], model[n]) for n in kept)
+    for stop in (best + 1, best + 3):
+        cut = tmp_path / f"cut{stop}"
+        make.stop_after(dpo.run, replace(wanted, output=str(cut), save_every=1), stop)
+        dpo.run(Dpo(resume=str(cut)))
+        same_run(whole, cut)
+        found = read(cut, "results.json")
+        assert found["published"] == results["published"] and found["stopped_early"] == results["stopped_early"]
+
+
+def test_what_is_published_is_chosen_apart_from_the_stop(turning, tmp_path):
+    """--publish best without patience runs to the end; the best is saved even where --save-every passes it by. last with patience."""
+    wanted = replace(turning, save_every=100)
+    dpo.run(replace(wanted, publish="best"))
+    results = read(wanted.output, "results.json")
+    assert results["steps"] == 5 > results["published"]["step"] == results["best_step"] and results["stopped_early"] is None
+    dpo.run(replace(wanted, patience=1, publish="last", output=wanted.output + "2"))
+    results = read(wanted.output + "2", "results.json")
+    assert results["published"] == {"step": results["steps"], "why": "last"} and results["stopped_early"]["best_step"] < results["steps"]
+    assert results["after"]["step"] == results["steps"]
+
+
+def test_a_spoilt_best_checkpoint_is_told_and_no_model_is_written(turning):
+    wanted = replace(turning, save_every=1, publish="best", keep=1)
+    make.stop_after(dpo.run, wanted, 5)
+    best = int(checkpoints.latest(Path(wanted.output)).state["needs"][0])
+    (Path(wanted.output) / "checkpoints" / f"step-{best:06d}" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"step-{best:06d}: cannot be used: weights.safetensors: 0 bytes"):
+        dpo.run(Dpo(resume=wanted.output))
+    assert not (Path(wanted.output) / "model").exists()

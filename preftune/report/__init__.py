@@ -9,6 +9,7 @@ models and data is hostile: it is escaped, and what cannot be seen is made visib
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -277,8 +278,9 @@ def contents(run: Run, folder: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     from markupsafe import Markup
 
-    shown, in_all, last, gains = side_by_side(run.samples)
     results = run.results or {}
+    published = (results.get("published") or {}).get("step", math.inf)  # the samples of the model that was kept
+    shown, in_all, last, gains = side_by_side([row for row in run.samples if row.get("step", 0) <= published])
     scored, training = evaluations(run.metrics), trainings(run.metrics)
     start = value(scored[0], "eval/logps/rejected") if scored else None
     for row in scored:
