@@ -84,6 +84,7 @@ class Wording(Options):
 
     bos: str = option("auto", "put BOS before the prompt; auto: where the tokeniser has one that is not its EOS", group="data", choices=("auto", "always", "never"))
     template: str = option("auto", "chat template for messages: auto (the tokeniser's, else plain), plain, or a Jinja file", group="data")
+    control_tokens: str = option("refuse", "text that spells a control token: refuse the record, or split the spelling into ordinary tokens", group="data", choices=("refuse", "split"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -637,7 +638,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),
     ((DataConvert,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((DataCheck,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}), "names a file of --data: every prompt would be a leak"),
-    *(((DataCheck,), name, lambda o: o.model is None, "has no effect without --model") for name in ("max_length", "finish", "bos", "template")),
+    *(((DataCheck,), name, lambda o: o.model is None, "has no effect without --model") for name in ("max_length", "finish", "bos", "template", "control_tokens")),
     ((Sample,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
     ((Sample, Chat), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
     ((Sample,), "reference", lambda o: (o.temperature, o.top_p) != (1, 1), "estimates KL from samples of the model itself: needs --temperature 1 and --top-p 1"),

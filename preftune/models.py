@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import re
 import warnings
@@ -18,13 +19,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import attention
 from .config import is_path_like
-from .errors import ModelError, UsageError, nearest
+from .errors import ModelError, PreftuneError, UsageError, nearest
 from .files import fingerprint, sha256_file
+from .screen import clean, say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -45,6 +48,22 @@ PACKS = (
 )
 # Frequencies that depend on the longest row of a batch would make a response depend on its neighbours.
 ROPE = ("default", "linear", "llama3", "yarn")
+
+# Files of a model folder that libraries read as settings, and the keys in them, at any depth, by which they find code.
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json")
+ASKS_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "_attn_implementation_internal",
+                 "_experts_implementation_internal", "megatron_config")  # fmt: skip
+# A hub name as a value makes transformers fetch a kernel; flash attention that is not installed does so too.
+IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+FLOATS = ("F32", "BF16", "F16", "F64")
+LAYERS = re.compile(r"(num_(hidden_|decoder_)?layers|n_layers?)")
+SIZES = re.compile(r"(num_.*|n_(embd|head|inner)|.*_size|.*_dim)")
+# adapter_config.json: what is read, and what may say anything since nothing depends on it here.
+LORA_READ = ("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias",
+             "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters",
+             "task_type")  # fmt: skip
+LORA_PASSED_OVER = ("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "revision", "inference_mode", "lora_dropout",
+                    "init_lora_weights")  # fmt: skip
 
 
 def resolve(name: str, *, offline: bool = False) -> str:
@@ -68,61 +87,171 @@ def resolve(name: str, *, offline: bool = False) -> str:
     return name
 
 
-def _check_folder(folder: Path) -> dict[str, Any]:
-    """Refuse what could run code or is incomplete, before transformers sees it."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is not a model folder")
+def _json(path: Path) -> Any:
+    """What a JSON file of a model folder holds. Raises ModelError."""
     try:
-        spec = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config}: not valid JSON: {error}") from error
-    forbidden = sorted(_code_keys(spec))
-    if forbidden:
-        raise ModelError(f"{config}: {', '.join(forbidden)} asks for code from the model folder; preftune never runs it")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        extra = f"; {pickles[0]} is a pickle and is never read: convert it to safetensors" if pickles else ""
-        raise ModelError(f"{folder}: no .safetensors file{extra}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+
+
+def _check_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
+    """Refuse what could run code, hang or is incomplete, before transformers sees it. Returns config.json."""
+    for entry in folder.iterdir():
+        if not entry.is_file() and not entry.is_dir():
+            raise ModelError(f"{entry}: not a regular file (a pipe, a device or a link to nothing)")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder")
+    for path in (folder / name for name in SETTINGS):
+        spec = _json(path) if path.is_file() else {}
+        if not isinstance(spec, dict):
+            raise ModelError(f"{path}: expected a JSON object, not {type(spec).__name__}")
+        if forbidden := sorted(_code_keys(spec)):
+            raise ModelError(f"{path}: {', '.join(forbidden)} asks for code; preftune never runs any that comes with a model. Where "
+                             "transformers knows the architecture by itself, delete that key")  # fmt: skip
+    spec = _json(folder / "config.json")
+    if weights:
+        _check_sizes(folder, spec, _headers(folder, quantised=bool(spec.get("quantization_config"))))
     return spec
 
 
 def _code_keys(spec: Any) -> set[str]:
-    """Keys, at any depth, by which a configuration can ask for code."""
+    """Keys, at any depth, by which a configuration can ask for code: files of its folder, or kernels of a hub."""
     if isinstance(spec, list):
         return set().union(*map(_code_keys, spec)) if spec else set()
     if not isinstance(spec, dict):
         return set()
-    here = {
-        k for k in spec if k in ("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation_internal") and spec[k]
-    }
+    here = {k for k, v in spec.items() if v and (k in ASKS_FOR_CODE or (k in IMPLEMENTATIONS and v not in ("eager", "sdpa")))}
     return here.union(*map(_code_keys, spec.values())) if spec else here
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model, as transformers picks them. ModelError where an index leads elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        extra = f"; {pickles[0]} is a pickle and is never read: convert it to safetensors" if pickles else ""
+        raise ModelError(f"{folder}: no model.safetensors{extra}")
+    table = _json(index)
+    names = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index}: no 'weight_map' that says which file holds which weight")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names {name!r}, expected a .safetensors file of the same folder")
+        if not (folder / name).is_file():
+            raise ModelError(f"{index}: names {name}, which is not there")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _headers(folder: Path, *, quantised: bool) -> dict[str, list[int]]:
+    """Shapes of all weights by name, read off the headers. Raises ModelError for a malformed file or a weight that is no float."""
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        with _readable(str(file), "malformed, so its weights cannot be read"), safe_open(file, "pt") as found:
+            for name in found.keys():  # noqa: SIM118 (not a dict)
+                entry = found.get_slice(name)
+                shapes[name] = entry.get_shape()
+                if entry.get_dtype() not in FLOATS and not quantised:
+                    raise ModelError(f"{file}: {name} is of type {entry.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    return shapes
+
+
+def _check_sizes(folder: Path, spec: Any, shapes: dict[str, list[int]]) -> None:
+    """A configuration that speaks of more layers than there are weights, or of dimensions that no file holds, would never end."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    for key, value in spec.items():
+        if isinstance(value, dict):
+            _check_sizes(folder, value, shapes)
+        most = len(shapes) if LAYERS.fullmatch(key) else total if SIZES.fullmatch(key) else None
+        if most is not None and isinstance(value, int) and value > most:
+            held = f"{len(shapes):,} weights with {total:,} numbers in all"
+            raise ModelError(f"{folder}/config.json: {key} is {value:,}, but the weight files hold {held}")
+
+
+@contextmanager
+def _readable(name: str, what: str) -> Iterator[None]:
+    """Whatever a library raises over a file from a stranger becomes a ModelError; of a Rust library's panic too."""
+    try:
+        yield
+    except PreftuneError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).strip().splitlines()
+        said = " ".join(line.strip() for line in lines[:2])[:300]
+        raise ModelError(f"{name}: {what}: {said or type(error).__name__}") from error
+
+
+def _folder(name: str, *, offline: bool, weights: bool = True) -> Path:
+    """The model's folder: where it lies, or where the hub's files were put. Raises as `resolve` does; ModelError for faults of the hub."""
+    where = resolve(name, offline=offline)
+    return Path(where) if Path(where).is_dir() else _from_hub(where, cached=False, weights=weights)
+
+
+def _from_hub(name: str, *, cached: bool, weights: bool = True) -> Path:
+    """The hub's files as a folder; never its code. cached=True: only what was downloaded before, no network."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
+    with _readable(name, "not among the models downloaded before" if cached else "cannot be had from the hub"):
+        return Path(snapshot_download(name, local_files_only=cached, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _adapters(folder: Path) -> tuple[Path, str, list[Path]]:
+    """(base folder, its name, adapters on it, innermost first). A file never reaches the network: a base by hub name must be downloaded.
+
+    Raises:
+        ModelError: an adapter that names no base, one that is not here, or itself.
+    """
+    name, chain = str(folder), list[Path]()
+    while _is_adapter(folder):
+        if folder.resolve() in (p.resolve() for p in chain):
+            raise ModelError(f"{folder}/adapter_config.json: names itself as its base")
+        chain.append(folder)
+        spec = _json(folder / "adapter_config.json")
+        base = spec.get("base_model_name_or_path") if isinstance(spec, dict) else None
+        if not isinstance(base, str) or not base:
+            raise ModelError(f"{folder}/adapter_config.json: names no base model")
+        if is_path_like(base) and not Path(base).is_dir():
+            raise ModelError(f"{folder}/adapter_config.json: its base {base!r} is not a folder here")
+        name, folder = base, Path(resolve(base)) if Path(base).is_dir() else _from_hub(base, cached=True)
+    return folder, name, chain[::-1]
 
 
 def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> tuple[nn.Module, Any]:
     """The model, with dropout off, and its tokeniser. An adapter folder is merged into its base: the model exactly as given.
 
     Raises:
-        ModelError: missing, malformed, unsafe or non-finite. UsageError: the hub with `offline`.
+        ModelError: missing, malformed, unsafe, incomplete or non-finite. UsageError: the hub with `offline`.
     """
-    where = resolve(name, offline=offline)
-    local = Path(where).is_dir()
-    if local and (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file():
-        return _load_adapter(Path(where), dtype=dtype, device=device, offline=offline)
-    if local:
-        _check_folder(Path(where))
-    try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=local or offline
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local or offline)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {first}") from error
-    except Exception as error:  # safetensors' own error class derives from Exception alone
-        raise ModelError(f"{name}: a weight file is malformed: {error}") from error
+    folder, base, adapters = _adapters(_folder(name, offline=offline))
+    _check_folder(folder)
+    with _readable(name, "cannot be loaded as a causal language model"), _quiet():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True)  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # What transformers only logs, and then begins with random numbers, is refused with its name.
+    for weight, given, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(f"{name}: {weight} is {tuple(given)} in the weight file, the configuration asks for {tuple(wanted)}")
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{name}: the weight files lack {missing[0]}{more}")
+    if surplus := sorted(found["unexpected_keys"]):
+        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+        say(f"{clean(name)}: {type(model).__name__} has no place for {clean(surplus[0])}{more}: not loaded")
+    if not adapters and not Path(name).is_dir():
+        model.name_or_path = model.config._name_or_path = base  # the hub's name, not the folder of its cache
+    for adapter in adapters:
+        model = _merge(model, adapter)
     bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if bad:
         raise ModelError(f"{name}: weight {bad} holds values that are not finite")
@@ -131,20 +260,11 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
 
 def load_tokenizer(name: str, *, offline: bool = False) -> tuple[Any, int | None]:
     """The tokeniser of a model, and its window, without its weights. Raises as `load` does."""
-    where = resolve(name, offline=offline)
-    local = Path(where).is_dir()
-    if local and (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file():
-        adapter = json.loads((Path(where) / "adapter_config.json").read_text(encoding="utf-8"))
-        return load_tokenizer(str(adapter.get("base_model_name_or_path")), offline=offline)
-    if local:
-        _check_folder(Path(where))
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(where, local_files_only=local or offline)
-            return AutoTokenizer.from_pretrained(where, local_files_only=local or offline), window_of(config)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name}: its tokeniser cannot be loaded: {first}") from error
+    folder, _, _ = _adapters(_folder(name, offline=offline, weights=False))
+    _check_folder(folder, weights=False)
+    with _readable(name, "its tokeniser cannot be loaded"), _quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), window_of(config)
 
 
 @contextmanager
@@ -164,15 +284,33 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load_adapter(folder: Path, *, dtype: str, device: str, offline: bool) -> tuple[nn.Module, Any]:
-    from peft import PeftModel
+def _merge(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with a LoRA adapter merged into it. Its configuration is read by an allow-list: peft would import a module that one names.
 
-    spec = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = spec.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder}/adapter_config.json: names no base model")
-    model, tokenizer = load(base, dtype=dtype, device=device, offline=offline)
-    return prepare(PeftModel.from_pretrained(model, str(folder)).merge_and_unload()), tokenizer
+    Raises:
+        ModelError: not LoRA, a pickle, an option that is not on the list, or weights that are not exactly those of its layers.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    place = folder / "adapter_config.json"
+    spec, usual = _json(place), LoraConfig().to_dict()
+    if spec.get("peft_type") != "LORA":
+        raise ModelError(f"{place}: peft_type is {spec.get('peft_type')!r}, expected LORA; merge other adapters with peft first")
+    odd = [k for k, v in spec.items() if k not in LORA_READ + LORA_PASSED_OVER and v and v != usual.get(k)]
+    if odd:
+        raise ModelError(f"{place}: {', '.join(odd)} is not supported; merge this adapter with peft first")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no adapter_model.safetensors (a pickle such as adapter_model.bin is never read)")
+    with _readable(str(folder), "cannot be loaded as a LoRA adapter"), _quiet():
+        with safe_open(file, "pt") as found:
+            given = set(found.keys())
+        config = LoraConfig(**{k: spec[k] for k in LORA_READ if k in spec}, inference_mode=True)
+        wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+        wanted = {k for k in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in k}
+        if odd := sorted(wanted ^ {k for k in given if "lora_" in k}):
+            raise ModelError(f"{file}: {'lacks' if odd[0] in wanted else 'holds a stray'} {odd[0]}")
+        return wrapped.merge_and_unload()
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -286,20 +424,10 @@ def _named(model: nn.Module, name: str, known: dict[str, nn.Parameter]) -> set[s
 
 def weights_fingerprint(name: str, *, offline: bool = False) -> str:
     """Identity of the weights as given: hashes of the configuration and every safetensors file of the folder (hub: of its cache)."""
-    where = resolve(name, offline=offline)
-    if not Path(where).is_dir():
-        from huggingface_hub import snapshot_download
-
-        where = snapshot_download(where, local_files_only=offline, allow_patterns=["*.json", "*.safetensors"])
-    files = sorted(
-        p for p in Path(where).iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
-    )
-    base = {}
-    if (Path(where) / "adapter_config.json").is_file():
-        base = {
-            "base": weights_fingerprint(json.loads((Path(where) / "adapter_config.json").read_text())["base_model_name_or_path"])
-        }
-    return fingerprint("weights-1", {p.name: sha256_file(p) for p in files}, base)
+    folder, _, adapters = _adapters(_folder(name, offline=offline))
+    files = sorted((*weight_files(folder), folder / "config.json"))
+    over = [[sha256_file(a / n) for n in ("adapter_config.json", "adapter_model.safetensors")] for a in adapters]
+    return fingerprint("weights-2", {p.name: sha256_file(p) for p in files}, over)
 
 
 def save(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> None:

@@ -225,7 +225,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     torch.set_num_threads(options.threads or (1 if size < 1_000_000 else os.cpu_count() or 1))
     if refusal := models.packing_refusal(model.config):
         say(f"one row per response: {refusal}")
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish)
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
+                       control_tokens=options.control_tokens)  # fmt: skip
     records, first, facts["merged"] = merge_prompts(records, first, codec, options.max_length or models.window_of(model.config))
     store, intake = encode_records(records, codec, options, model, mismatched=objective.mismatched)
     kept = [records[i] for i in intake.kept]

@@ -1,7 +1,7 @@
 """Text to ids: the one place where a tokeniser or a chat template is used to make training data.
 
 `Codec` holds a tokeniser, a template and the rules for BOS and EOS; `encode` turns records into ids. The text of a record and the
-decoded ids are equal, always, or the record is refused with a reason. Touches records, the `tokenizers` backend and jinja2;
+decoded ids are equal, always, or the record is refused with a reason. Touches records, templating and the `tokenizers` backend;
 no model, no file.
 
     codec = make_codec(tokenizer)                     # transformers' fast tokeniser
@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer
 
 from .errors import DataError, ModelError, UsageError
 from .records import Message, Record, Response, Text
+from .templating import DATE, Renderer
 
 # For dialogues when the tokeniser brings no template. The space before an answer is part of the answer's text, so that word-piece
 # and byte-level tokenisers see the word start where it was when they were trained.
@@ -33,9 +31,9 @@ PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-# Templates that print today's date would change the data from day to day; the date is fixed and stored with the fingerprint.
-TEMPLATE_DATE = "2025-01-01"
-TEMPLATE_LIMIT = 1 << 22  # characters a template may render
+
+
+DISGUISE = 0xF0000  # the first of the private-use characters that stand for control tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,8 @@ class Encoded:
         responses: per response its ids, the end token included where `finished`.
         trained: per response, per id: does the model have to produce it (False for a user's turn inside a response).
         finished: per response.
-        cases: per response how its ids were found: 'joint' or 'apart', with '+trimmed' where the template stripped the text.
+        cases: per response how its ids were found: 'joint' or 'apart', with '+trimmed' where the template stripped the text, '+split'
+            where its text or the prompt's spells a control token and was encoded as ordinary text.
     """
 
     prompt: tuple[int, ...]
@@ -68,6 +67,7 @@ class Codec:
         bos: id put before a prompt that does not already begin with it, or None.
         eos: id that ends a finished plain-text response.
         finish: what 'finished' means where the data does not say: 'auto' and 'always' yes, 'never' no.
+        control_tokens: what becomes of text that spells a control token: 'refuse', or 'split' into ordinary tokens.
     """
 
     tokenizer: Any
@@ -76,6 +76,7 @@ class Codec:
     bos: int | None
     eos: int
     finish: str = "auto"
+    control_tokens: str = "refuse"
 
     @cached_property
     def backend(self) -> Tokenizer:
@@ -93,16 +94,56 @@ class Codec:
         return re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)) or r"(?!)")
 
     @cached_property
-    def compiled(self) -> Any:
-        return compile_template(self.template)
+    def disguises(self) -> dict[str, str]:
+        """Control token -> a text of its length in private-use characters, which stands for it where it is not meant as one."""
+        names = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        return {name: chr(DISGUISE + i) * len(name) for i, name in enumerate(names)}
+
+    @cached_property
+    def swaps(self) -> tuple[tuple[dict[str, str], re.Pattern[str]], ...]:
+        """(what stands for what, a pattern of the former): disguises to control tokens; both ways at the same time."""
+        back = {other: name for name, other in self.disguises.items()}
+        tables = (back, back | self.disguises)
+        return tuple((t, re.compile("|".join(map(re.escape, sorted(t, key=len, reverse=True))) or r"(?!)")) for t in tables)
+
+    @cached_property
+    def innocent(self) -> Tokenizer:
+        """The same tokeniser, but for names: its control tokens are spelt as their disguises, so that text cannot spell one."""
+        spec = json.loads(self.backend.to_str())
+        for token in spec["added_tokens"]:
+            token["content"] = self.disguises.get(token["content"], token["content"])
+        model, vocab = spec["model"], spec["model"]["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {self.disguises.get(piece, piece): number for piece, number in vocab.items()}
+        else:
+            model["vocab"] = [[self.disguises.get(piece, piece), score] for piece, score in vocab]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = self.disguises.get(model["unk_token"], model["unk_token"])
+        out = Tokenizer.from_str(json.dumps(spec | {"post_processor": None}))
+        if any(out.token_to_id(other) != self.backend.token_to_id(name) for name, other in self.disguises.items()):
+            raise ModelError("--control-tokens split: this tokeniser keeps its control tokens where they cannot be renamed; use refuse")
+        return out
+
+    @cached_property
+    def innocent_apart(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(_without_dummy_prefix(json.loads(self.innocent.to_str()))))
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self.template)
 
     def describe(self) -> dict[str, Any]:
         """What the fingerprint and the manifest say of this codec."""
-        return {"template": self.template, "template_name": self.template_name, "template_date": TEMPLATE_DATE, "bos": self.bos,
-                "eos": self.eos, "finish": self.finish}  # fmt: skip
+        return {"template": self.template, "template_name": self.template_name, "template_date": DATE, "bos": self.bos,
+                "eos": self.eos, "finish": self.finish, "control_tokens": self.control_tokens}  # fmt: skip
 
 
-def make_codec(tokenizer: Any, *, template: str = "auto", bos: str = "auto", finish: str = "auto") -> Codec:
+def make_codec(tokenizer: Any, *, template: str = "auto", bos: str = "auto", finish: str = "auto",
+               control_tokens: str = "refuse") -> Codec:  # fmt: skip
     """The codec of a fast tokeniser.
 
     Args:
@@ -110,6 +151,7 @@ def make_codec(tokenizer: Any, *, template: str = "auto", bos: str = "auto", fin
         template: 'auto' (the tokeniser's own, else plain), 'plain', or the path of a Jinja file.
         bos: 'always', 'never', or 'auto': where the tokeniser adds it by itself or has a BOS that is not its EOS.
         finish: 'auto', 'always', 'never' for responses that do not say whether they are finished.
+        control_tokens: 'refuse' or 'split' text that spells a control token.
 
     Raises:
         ModelError: no fast backend, or no EOS. UsageError: bos='always' without a BOS, or a template file that is not there.
@@ -136,7 +178,7 @@ def make_codec(tokenizer: Any, *, template: str = "auto", bos: str = "auto", fin
         source, name = path.read_text(encoding="utf-8"), template
     if not isinstance(source, str):
         raise ModelError("the tokeniser carries several chat templates; pass the one to use as a file with --template")
-    return Codec(tokenizer, source, name, own if wanted else None, tokenizer.eos_token_id, finish)
+    return Codec(tokenizer, source, name, own if wanted else None, tokenizer.eos_token_id, finish, control_tokens)
 
 
 def _without_dummy_prefix(spec: Any) -> Any:
@@ -161,63 +203,16 @@ _NESTED = ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
 # ---------------------------------------------------------------- templates
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which stops attribute tricks, plus a limit on `'a' * 10**9`, which it does not."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise SecurityError("powers are not allowed in a chat template")
-        for a, b in ((left, right), (right, left)):
-            if isinstance(a, (str, list, tuple)) and isinstance(b, int) and len(a) * b > TEMPLATE_LIMIT:
-                raise SecurityError("the chat template repeats a text beyond the limit")
-        return super().call_binop(context, operator, left, right)
-
-
-def compile_template(source: str) -> Any:
-    """A chat template in a sandbox: no attribute access, no files, limited repetition, a fixed date.
-
-    Raises:
-        ModelError: the template is not valid Jinja.
-    """
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def date(pattern: str) -> str:
-        import datetime
-
-        return datetime.date.fromisoformat(TEMPLATE_DATE).strftime(pattern)
-
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, indent=kw.get("indent"))
-    environment.globals.update(raise_exception=refuse, strftime_now=date)
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise ModelError(f"the chat template cannot be read: {error}") from error
-
-
 def render(codec: Codec, messages: Iterable[Message], *, generation: bool) -> str:
-    """The text of a dialogue. `generation` adds what stands before an answer.
+    """Messages through the template, in a process of its own. `generation` adds what stands before an assistant's answer.
 
     Raises:
-        DataError: the template refuses these messages or breaks the sandbox's limits.
+        DataError: the template refuses these messages. ModelError: it cannot be read, or takes too much time, memory or room.
     """
     token = codec.tokenizer
     plain = [{"role": m.role, "content": m.content} for m in messages]
-    try:
-        parts, size = [], 0
-        for part in codec.compiled.generate(messages=plain, add_generation_prompt=generation, bos_token=token.bos_token or "",
-                                            eos_token=token.eos_token or "", pad_token=token.pad_token or ""):  # fmt: skip
-            size += len(part)
-            if size > TEMPLATE_LIMIT:
-                raise SecurityError(f"the chat template renders more than {TEMPLATE_LIMIT:,} characters")
-            parts.append(part)
-        return "".join(parts)
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"the chat template refuses this dialogue: {error}") from error
+    return codec.renderer(messages=plain, add_generation_prompt=generation, bos_token=token.bos_token or "",
+                          eos_token=token.eos_token or "", pad_token=token.pad_token or "")  # fmt: skip
 
 
 # ---------------------------------------------------------------- encoding
@@ -261,7 +256,7 @@ def _dialogue(codec: Codec, prompt: tuple[Message, ...], prompt_text: str, respo
         if turn.role != "assistant":
             history = (*history, turn)
             continue
-        before = render(codec, history, generation=True)
+        before = prompt_text if history is prompt else render(codec, history, generation=True)
         history = (*history, turn)
         if plain:  # our own template: the answer follows the prompt after one space
             body, suffix, start, stop = f"{before} {turn.content}", "", len(before), len(before) + 1 + len(turn.content)
@@ -284,17 +279,53 @@ def _dialogue(codec: Codec, prompt: tuple[Message, ...], prompt_text: str, respo
     return _Layout(text, tuple(spans), tuple(ends), end_id, trimmed)
 
 
-def _refuse_control(codec: Codec, text: Text, field: str) -> None:
-    for part in (text,) if isinstance(text, str) else (m.content for m in text):
-        if found := codec.control.search(part):
-            raise DataError(f"the text spells the control token {found.group()!r}", field=field)
+def _spelt(codec: Codec, text: Text, field: str) -> Text:
+    """The text, with a disguise in place of what spells a control token. DataError unless `--control-tokens split` asks for that."""
+
+    def disguised(part: str) -> str:
+        found = codec.control.search(part)
+        if found and codec.control_tokens == "refuse":
+            raise DataError(f"the text spells the control token {found.group()!r} (--control-tokens split reads it as text)", field=field)
+        if codec.control_tokens == "split" and re.search(f"[{chr(DISGUISE)}-{chr(DISGUISE + len(codec.disguises))}]", part):
+            raise DataError("the text holds private-use characters that control tokens are told apart by", field=field)
+        return codec.control.sub(lambda match: codec.disguises[match.group()], part) if found else part
+
+    if isinstance(text, str):
+        return disguised(text)
+    messages = tuple(Message(m.role, disguised(m.content)) for m in text)
+    return text if messages == text else messages
+
+
+def _swap(codec: Codec, text: str, *, control: bool) -> str:
+    """Disguises back into what they stand for; with `control`, what is meant as a control token into its disguise at the same time."""
+    if codec.control_tokens == "refuse":
+        return text
+    meaning, found = codec.swaps[control]
+    return found.sub(lambda match: meaning[match.group()], text)
+
+
+def _with_text(response: Response, text: Text) -> Response:
+    return replace(response, text=text)
+
+
+def _read(codec: Codec, text: str, *, apart: bool, split: bool) -> Any:
+    """Ids of a text; with `split` of a disguised one, in which only what is not disguised may become a control token."""
+    if split:
+        return (codec.innocent_apart if apart else codec.innocent).encode(_swap(codec, text, control=True), add_special_tokens=False)
+    return (codec.apart if apart else codec.backend).encode(text, add_special_tokens=False)
+
+
+def _require_control(codec: Codec, ids: Sequence[int], disguised: str, field: str) -> None:
+    """Raises DataError where ids hold more control tokens than the template wrote."""
+    if sum(i in codec.control_ids for i in ids) > len(codec.control.findall(disguised)):
+        raise DataError("the tokeniser makes a control token of text that spells none", field=field)
 
 
 def _layouts(codec: Codec, record: Record) -> tuple[str, list[_Layout]]:
-    """The prompt's text and each answer's, or DataError with the reason."""
-    _refuse_control(codec, record.prompt, "prompt")
-    for response in record.responses:
-        _refuse_control(codec, response.text, "responses")
+    """The prompt's text and each answer's, disguised where they spell a control token, or DataError with the reason."""
+    texts = _spelt(codec, record.prompt, "prompt"), [_spelt(codec, r.text, "responses") for r in record.responses]
+    if texts != (record.prompt, [r.text for r in record.responses]):
+        record = replace(record, prompt=texts[0], responses=tuple(map(_with_text, record.responses, texts[1])))
     if isinstance(record.prompt, str):
         base, size = record.prompt, len(record.prompt)
         answers = [r.text for r in record.responses if isinstance(r.text, str)]
@@ -309,17 +340,21 @@ def _response_ids(
     codec: Codec, prompt: str, prompt_ids: list[int], layout: _Layout, joint: Any
 ) -> tuple[list[int], list[bool], str]:
     """Ids of one answer, which of them are trained, and how they were found. Raises DataError('boundary')."""
-    size = len(prompt_ids)
+    size, text = len(prompt_ids), _swap(codec, layout.text, control=False)
+    split = text != layout.text
     if joint.ids[:size] == prompt_ids:
         ids, offsets, case = joint.ids[size:], joint.offsets[size:], "joint"
     else:  # a token straddles the boundary: encode the answer apart, and only if the text survives
-        alone = codec.apart.encode(layout.text[len(prompt) :], add_special_tokens=False)
+        alone = _read(codec, layout.text[len(prompt) :], apart=True, split=split)
         ids, case = alone.ids, "apart"
         offsets = [(a + len(prompt), b + len(prompt)) for a, b in alone.offsets]
-    if codec.backend.decode(prompt_ids + ids, skip_special_tokens=False) != layout.text:
+    if codec.backend.decode(prompt_ids + ids, skip_special_tokens=False) != text:
         raise DataError(
             "the tokeniser cannot reproduce this text (an unknown character, or a normaliser that changes it)", field="responses"
         )
+    if split:
+        case += "+split"
+        _require_control(codec, prompt_ids + ids, layout.text, "responses")
     if len(layout.spans) == 1 and layout.spans[0][1] == len(layout.text):
         return ids, [True] * len(ids), case
     trained = [any(a >= start and b <= stop for start, stop in layout.spans) for a, b in offsets]
@@ -364,25 +399,28 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
     """
     stream = iter(records)
     while group := list(islice(stream, chunk)):
-        laid: list[tuple[Record, str, list[_Layout]] | tuple[Record, DataError]] = []
+        laid: list[tuple[Record, str, list[_Layout], bool] | tuple[Record, DataError]] = []
         texts: list[str] = []
         for record in group:
             try:
                 prompt, layouts = _layouts(codec, record)
-                laid.append((record, prompt, layouts))
-                texts += [prompt, *(layout.text for layout in layouts)]
             except DataError as error:
                 laid.append((record, _located(error, record)))
+                continue
+            split = any(_swap(codec, layout.text, control=False) != layout.text for layout in layouts)
+            laid.append((record, prompt, layouts, split))
+            texts += [] if split else [prompt, *(layout.text for layout in layouts)]
         encodings = iter(codec.backend.encode_batch(texts, add_special_tokens=False))
         for item in laid:
             record = item[0]
             if len(item) == 2:
                 yield record, item[1]
                 continue
-            prompt_ids = next(encodings).ids
-            joints = [next(encodings) for _ in item[2]]
+            _, prompt, layouts, split = item
+            wanted = [prompt, *(layout.text for layout in layouts)]
+            found = [_read(codec, text, apart=False, split=True) for text in wanted] if split else list(islice(encodings, len(wanted)))
             try:
-                yield record, _assemble(codec, record, item[1], item[2], prompt_ids, joints)
+                yield record, _assemble(codec, record, prompt, layouts, found[0].ids, found[1:])
             except DataError as error:
                 yield record, _located(error, record)
 
@@ -399,9 +437,10 @@ def encode_prompt(codec: Codec, prompt: Text) -> tuple[int, ...]:
     Raises:
         DataError: the text spells a control token, or leaves nothing to start from.
     """
-    _refuse_control(codec, prompt, "prompt")
+    prompt = _spelt(codec, prompt, "prompt")
     text = prompt if isinstance(prompt, str) else render(codec, prompt, generation=True)
-    ids = codec.backend.encode(text, add_special_tokens=False).ids
+    ids = _read(codec, text, apart=False, split=_swap(codec, text, control=False) != text).ids
+    _require_control(codec, ids, text, "prompt")
     head = [] if codec.bos is None or ids[:1] == [codec.bos] else [codec.bos]
     if not head + ids:
         raise DataError("an empty prompt without BOS leaves nothing to start from", field="prompt")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from preftune.errors import DataError, ModelError, UsageError
 from preftune.records import Judgement, Message, Record, Response
-from preftune.tokens import Encoded, compile_template, decode_response, encode, encode_prompt, end_ids, make_codec, render
+from preftune.tokens import Encoded, decode_response, encode, encode_prompt, end_ids, make_codec, render
 
 EOS, BOS, END = 257, 256, 259
 
@@ -141,27 +141,11 @@ def test_decoded_ids_equal_the_text_always(prompt, response):
         assert "control token" in str(got) or "reproduce" in str(got)
 
 
-HOSTILE = [
-    "{{ 'a' * 3000000000 }}",
-    "{{ 3000000000 * 'a' }}",
-    "{{ ''.__class__.__mro__ }}",
-    "{{ 9**9**9 }}",
-    "{% for i in range(10000000000) %}x{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}aaaaaaaaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
-]
-
-
-@pytest.mark.parametrize("source", HOSTILE)
-def test_hostile_templates_are_stopped(source):
-    codec = make_codec(make.tokenizer(template=source))
-    assert isinstance(one(codec, pair((Message("user", "hi"),), "yes", "no")), DataError)
-
-
 def test_template_date_is_fixed_and_bad_templates_have_a_message():
     codec = make_codec(make.tokenizer(template="{{ strftime_now('%Y-%m-%d') }}"))
     assert render(codec, [], generation=True) == "2025-01-01"
     with pytest.raises(ModelError, match="cannot be read"):
-        compile_template("{% for %}")
+        render(make_codec(make.tokenizer(template="{% for %}")), [], generation=True)
     with pytest.raises(UsageError, match="no such file"):
         make_codec(make.tokenizer(), template="nowhere.jinja")
 

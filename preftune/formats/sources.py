@@ -18,6 +18,7 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ def _lines(file: Any, offset: int) -> Iterator[Found]:
 
 def _array(file: Any, offset: int) -> Iterator[Found]:
     """A JSON array, row by row, each with the line in which it begins. One that is no JSON ends it: the next has no beginning."""
-    data = file.read(ARRAY_LIMIT + 1)
-    if len(data) > ARRAY_LIMIT:
+    data = b"".join(islice(iter(lambda: file.read(2**20), b""), ARRAY_LIMIT >> 20))  # read(n) would set n bytes aside at once
+    if file.read(1):
         raise DataError(f"array too long: more than {size_text(ARRAY_LIMIT)}; convert it to JSONL")
     faults: list[str] = []
     decoder, space = json_decoder(faults), re.compile(r"[ \t\r\n]*")

@@ -88,7 +88,8 @@ def run(options: Chat) -> int:
 
 def _load(name: str, options: Chat, device: str) -> Speaker:
     model, tokenizer = models.load(name, device=device, offline=options.offline)
-    return Speaker(name, model, make_codec(tokenizer, template=options.template, bos=options.bos), models.window_of(model.config))
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, control_tokens=options.control_tokens)
+    return Speaker(name, model, codec, models.window_of(model.config))
 
 
 def _is_dialogue(speakers: Sequence[Speaker], template: str) -> bool:

@@ -75,7 +75,8 @@ def _encode(records: Iterable[Record], options: DataCheck) -> Ids:
     from ..tokens import encode, make_codec
 
     tokenizer, window = models.load_tokenizer(str(options.model), offline=options.offline)
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish)
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
+                       control_tokens=options.control_tokens)  # fmt: skip
     limit, ids = options.max_length or window, Ids()
     for number, (record, result) in enumerate(encode(records, codec)):
         if isinstance(result, DataError):
@@ -143,8 +144,10 @@ def _id_findings(ids: Ids) -> Iterator[Finding]:
         words = f"left out of training: {errors[0].reason}" if level == "warning" else f"cannot be encoded: {errors[0].reason}"
         yield Finding(reason, level, len(errors), f"{reason}, {words}" if level == "warning" else words, tuple(map(_place, errors)))
     for case, where in ids.cases.items():
+        level = "warning" if "split" in case else "note"
         words = f"responses whose ids are found {case.replace('+', ', ')} ({ids.counts['joint']} jointly with their prompt)"
-        yield Finding(f"ids: {case}", "note", ids.counts[case], words, tuple(where))
+        words += ": text that spells a control token is read as text" if "split" in case else ""
+        yield Finding(f"ids: {case}", level, ids.counts[case], words, tuple(where))
 
 
 def _interval(mean: float, low: float | None, high: float | None, form: str = "+.1f") -> str:
@@ -331,7 +334,8 @@ def show(options: DataShow) -> int:
     if record is None:
         raise UsageError(f"--row {options.row}: there are {tally.counts['records']} records")
     tokenizer, window = models.load_tokenizer(str(options.model), offline=options.offline)
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish)
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
+                       control_tokens=options.control_tokens)  # fmt: skip
     store, intake = build([record], codec, max_length=options.max_length or window)
     if not len(store):
         raise intake.refused[0]

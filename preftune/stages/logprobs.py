@@ -29,7 +29,8 @@ def run(options: Logprobs) -> int:
     reading = read(options.data, format=options.format, skip_bad=options.skip_bad, max_records=options.max_records)
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish)
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
+                       control_tokens=options.control_tokens)  # fmt: skip
     store, intake = build(reading.records, codec, max_length=options.max_length or models.window_of(model.config))
     for reason, count in intake.dropped.most_common():
         say(f"left out {count}: {reason}")

@@ -39,7 +39,7 @@ def run(options: Sample) -> int:
     prompts = read_prompts(options.data, max_records=options.max_records)
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos)
+    codec = make_codec(tokenizer, template=options.template, bos=options.bos, control_tokens=options.control_tokens)
     ids, ends = [encode_prompt(codec, p) for p in prompts], [end_ids(codec, p) for p in prompts]
     window = models.window_of(model.config)
     long = [i for i, p in enumerate(ids) if window and len(p) + options.sample_tokens > window]
