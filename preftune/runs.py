@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,8 +141,14 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop at the next step boundary; a second one ends the process at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for a stop at the next step boundary; a second one ends the process at once.
+
+    Only the main thread of a program may take signals: elsewhere they stay whose they are.
+    """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if stop.number:

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "label"),
     ("pipeline",),
     ("stages", "cli"),
+    ("api",),
 )
 LAYER = {room: number for number, row in enumerate(LAYERS) for room in row}
 
@@ -48,7 +49,7 @@ STAGE_TO_STAGE: dict[tuple[str, str], str] = {("demo", "dpo"): "the demo is the 
 ONLY_INSIDE_FUNCTIONS = {("cli", "stages")}
 
 TORCH_FREE = ("errors", "files", "config", "screen", "records", "formats", "ratings", "grammar", "runs", "templating", "report", "label",
-              "cli")  # fmt: skip
+              "cli", "api")  # fmt: skip
 TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "accelerate")
 SLOW_FOR_HELP = (*TENSOR_LIBRARIES, "numpy", "scipy", "matplotlib", "jinja2")
 
@@ -169,12 +170,12 @@ def layers(root: Path) -> list[str]:
 
 
 def torch_free(root: Path) -> list[str]:
-    """Each torch-free room is imported in a process where the tensor libraries cannot be; `cli` without the slow ones too."""
+    """Each torch-free room is imported in a process where the tensor libraries cannot be; `cli` and `api` without the slow ones too."""
     wrong = []
     for room in TORCH_FREE:
         if not (root / "preftune" / f"{room}.py").exists() and not (root / "preftune" / room).is_dir():
             continue
-        blocked = SLOW_FOR_HELP if room == "cli" else TENSOR_LIBRARIES
+        blocked = SLOW_FOR_HELP if room in ("cli", "api") else TENSOR_LIBRARIES
         program = (
             "import sys\n"
             "class Door:\n"

@@ -22,7 +22,7 @@ from .. import config
 from ..errors import DataError, UsageError, nearest
 from ..files import atomic_write, read_json, read_jsonl
 from ..screen import clean
-from .charts import CHARTS, draw
+from .charts import CHARTS, Chart, draw
 from .findings import (
     Z95,
     Finding,
@@ -39,10 +39,11 @@ from .findings import (
     verdict,
 )
 
-__all__ = ["Finding", "findings", "verdict", "visible", "write"]
+__all__ = ["Finding", "findings", "summary", "verdict", "visible", "write"]
 ORDINARY = 6  # prompts shown in the data's order, beside the largest gain and the largest loss
 LONGEST_TEXT = 1500  # characters shown of a sample or a prompt
 MOST_ROWS = 200  # rows of a table
+IN_SUMMARY = ("Loss", "Accuracy", "Reward of sampled answers", "Distance from the reference")
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,8 @@ def measured(gains: Sequence[float]) -> Row | None:
     return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
-def contents(run: Run, folder: Path) -> dict[str, Any]:
-    """Everything that the template shows."""
+def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[str, Any]:
+    """Everything that a template shows."""
     from markupsafe import Markup
 
     results = run.results or {}
@@ -302,7 +303,7 @@ def contents(run: Run, folder: Path) -> dict[str, Any]:
         "name": run.name, "stage": stage, "level": level, "headline": headline, "findings": found,
         "finished": run.results is not None, "tiles": list(tiles(before, after, results)),
         "extra": extras(run.extra, faults), "faults": faults,
-        "charts": [(chart, Markup(svg)) for chart in CHARTS if (svg := draw(chart, training, scored))],
+        "charts": [(chart, Markup(svg)) for chart in charts if (svg := draw(chart, training, scored))],
         "samples": shown, "samples_of": in_all, "sampled_at": last, "best_step": results.get("best_step"),
         "numbers": [(name, plain(before.get(name)), plain(after.get(name))) for name in names],
         "chosen": chosen, "default": default, "model": run.options.get("model"), "loss": run.options.get("loss"),
@@ -321,15 +322,33 @@ def write(run_folder: str | Path, output: str | Path | None = None) -> Path:
     A run that was interrupted or has no samples, reward or evaluation gets the report that its files allow.
     Raises UsageError for a folder that no run made, DiskError where the page cannot be written.
     """
+    folder = Path(run_folder)
+    path = folder / "report.html" if output is None else Path(output)
+    atomic_write(path, _render("report.html", contents(read_run(folder), folder)))
+    return path
+
+
+def summary(run_folder: str | Path) -> str:
+    """The run as an HTML fragment for a notebook: verdict, key numbers, four curves, answers before and after. Needs no network.
+
+    Raises UsageError for a folder that no run made.
+    """
+    folder = Path(run_folder)
+    return _render("summary.html", contents(read_run(folder), folder, [chart for chart in CHARTS if chart.title in IN_SUMMARY]))
+
+
+def key_numbers(run: Run) -> list[Tile]:
+    """The tiles of a run's page."""
+    results = run.results or {}
+    return list(tiles(results.get("before") or {}, results.get("after") or {}, results))
+
+
+def _render(template: str, shown: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = Path(run_folder)
-    run = read_run(folder)
     page = Environment(loader=PackageLoader("preftune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True,
                        finalize=lambda found: found if isinstance(found, Markup) else visible(found))  # fmt: skip
     page.filters.update(marked=marked, plain=plain, short=lambda x: plain(x) if finite(x) is None else number(x))
-    path = folder / "report.html" if output is None else Path(output)
-    atomic_write(path, page.get_template("report.html").render(contents(run, folder)))
-    return path
+    return page.get_template(template).render(shown)

@@ -12,11 +12,11 @@ import os
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -181,6 +181,18 @@ def _measures(found: audit.Audit, tally: formats.Tally, ids: Ids | None) -> list
 
 def check(options: DataCheck) -> int:
     """Read, count, list. 0 where nothing would stop or thin out training, 3 where something would (--strict: or warns)."""
+    found = checked(options)
+    if options.json:
+        print(dumps(found, "data check", indent=1))
+    elif sys.stdout.isatty():
+        _print_table(found)
+    else:
+        print(plain(found))
+    return 0 if found["clean"] else DataError.exit_code
+
+
+def checked(options: DataCheck) -> dict[str, Any]:
+    """What --json prints: files, clean, counts, layouts, audit, judges, measures, findings. Reads a file once, a record at a time."""
     tally, ledger = formats.Tally(), audit.Ledger()
 
     def entered(paths: list[str], book: audit.Ledger, met: formats.Tally) -> Iterator[Record]:
@@ -206,42 +218,43 @@ def check(options: DataCheck) -> int:
     findings = sorted((f for f in findings if f.count), key=lambda f: ("problem", "warning", "note").index(f.level))
     wrong = [f for f in findings if f.level == "problem" or (options.strict and f.level == "warning")]
     measures = _measures(found, tally, ids)
-    if options.json:
-        facts = {"files": options.data, "clean": not wrong, "counts": tally.counts, "layouts": tally.layouts, "audit": found.numbers(),
-                 "judges": dict(found.judges), "measures": dict(measures), "findings": [vars(f) for f in findings]}  # fmt: skip
-        print(dumps(facts, "data check", indent=1))
-    else:
-        _print_findings(findings, measures, wrong)
-    return DataError.exit_code if wrong else 0
+    return {"files": options.data, "clean": not wrong, "counts": tally.counts, "layouts": tally.layouts, "audit": found.numbers(),
+            "judges": dict(found.judges), "measures": dict(measures), "findings": [vars(f) for f in findings],
+            "problems": sum(f.count for f in wrong)}  # fmt: skip
 
 
 COLOURS = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
 
 
-def _print_findings(findings: Sequence[Finding], measures: Sequence[tuple[str, str]], wrong: Sequence[Finding]) -> None:
-    """A table on a terminal, plain lines elsewhere."""
+def _end(found: Mapping[str, Any]) -> str:
+    count = found["problems"]
+    return f"{count:,} problem{'s' * (count > 1)}; exit code {DataError.exit_code}" if count else "clean"
+
+
+def plain(found: Mapping[str, Any]) -> str:
+    """What was checked as lines of text, hostile characters made visible."""
+    lines = [f"{name:<14}{clean(text)}" for name, text in found["measures"].items()]
+    for f in found["findings"]:
+        where = f": {clean(audit.sample_lines(f['where']))}" if f["where"] else ""
+        lines.append(f"{f['level']:<14}{f['count']:,} {clean(f['text'])}{where}")
+    return "\n".join([*lines, _end(found)])
+
+
+def _print_table(found: Mapping[str, Any]) -> None:
+    """The same for a terminal, in colour."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    count = sum(f.count for f in wrong)
-    end = f"{count:,} problem{'s' * (count > 1)}; exit code {DataError.exit_code}" if wrong else "clean"
-    if not sys.stdout.isatty():
-        for name, text in measures:
-            print(f"{name:<14}{clean(text)}")
-        for f in findings:
-            print(f"{f.level:<14}{f.count:,} {clean(f.text)}" + (f": {clean(audit.sample_lines(f.where))}" if f.where else ""))
-        print(end)
-        return
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in measures:
+    for name, text in found["measures"].items():
         table.add_row(Text(name, style="dim"), "", Text(clean(text)))
-    for f in findings:
-        lines = Text(f"\n{clean(audit.sample_lines(f.where))}" if f.where else "", style="dim")
-        table.add_row(Text(f.level, style=COLOURS[f.level]), Text(f"{f.count:,}", justify="right"), Text(clean(f.text)) + lines)
+    for f in found["findings"]:
+        lines = Text(f"\n{clean(audit.sample_lines(f['where']))}" if f["where"] else "", style="dim")
+        table.add_row(Text(f["level"], style=COLOURS[f["level"]]), Text(f"{f['count']:,}", justify="right"), Text(clean(f["text"])) + lines)
     console = Console(no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
     console.print(table)
-    console.print(Text(end, style="bold red" if wrong else "bold green"))
+    console.print(Text(_end(found), style="bold green" if found["clean"] else "bold red"))
 
 
 # --- show ---------------------------------------------------------------------------------------------------------------------
