@@ -2,7 +2,9 @@
 
 Registered with transformers as the attention implementation 'preftune'. The segment table arrives as a forward argument of every
 layer, never as a global: a checkpointed backward pass runs the layer again and must see the same table. Without a table the function
-is transformers' own SDPA, so that the same loaded model also generates. torch and transformers' two registries only.
+is transformers' own SDPA, so that the same loaded model also generates. Two ways, equal in tests: `merged` on a CPU, which computes
+only what is seen and needs no mask; one masked SDPA per tree elsewhere and where a sliding window cuts a chain. torch and
+transformers' two registries only.
 """
 
 from __future__ import annotations
@@ -21,6 +23,91 @@ from .errors import ModelError
 
 NAME = "preftune"
 
+Block = tuple[slice, slice, bool]  # queries, keys, whether causal (then both are the same tokens)
+
+
+def blocks(segments: Segments) -> tuple[Block, ...]:
+    """What is seen, as dense pieces: each segment over itself, causally, then each segment's descendants over it, in full.
+
+    Descendants that stand side by side are one piece, so that K responses read their prompt's keys together.
+    """
+    spans = [slice(a, b) for a, b in zip(segments.starts, segments.ends, strict=True)]
+    below: list[list[slice]] = [[] for _ in spans]
+    for s, span in enumerate(spans):
+        for ancestor in segments.chain(s)[:-1]:
+            known = below[ancestor]
+            if known and known[-1].stop == span.start:
+                known[-1] = slice(known[-1].start, span.stop)
+            else:
+                known.append(span)
+    across = [(queries, keys, False) for keys, many in zip(spans, below, strict=True) for queries in many]
+    pieces = [(span, span, True) for span in spans] + across
+    return tuple(piece for piece in pieces if all(part.stop > part.start for part in piece[:2]))
+
+
+class _Merged(torch.autograd.Function):
+    """Attention as a sum of blocks, each by the flash kernel, joined by their log-sum-exps.
+
+    softmax over a union of keys is the blocks' softmaxes weighted by exp(lse_block - lse_all). Backward, a block's weights are
+    exp(scores - lse_all): the kernel's own backward given the joint output and log-sum-exp (as in arXiv:2310.01889). It ignores the
+    gradient of the log-sum-exp, which here is not an output. Keys of grouped heads are expanded, not copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: tuple[Block, ...], scale: float | None) -> Tensor:
+        """query (G_kv, G, T, d), key and value (G_kv, 1, T, d) -> (G_kv, G, T, d)."""
+        q, k, v = _wide(query), _wide(key), _wide(value)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = out.new_empty(out.shape[:-1])
+        for rows, columns, causal in parts:
+            piece, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, rows], _spread(k, columns, q), _spread(v, columns, q), 0.0, causal, scale=scale
+            )
+            if causal:
+                out[:, :, rows], lse[:, :, rows] = piece, weight
+            else:
+                both = torch.logaddexp(lse[:, :, rows], weight)
+                out[:, :, rows] *= (lse[:, :, rows] - both).exp_()[..., None]
+                out[:, :, rows].addcmul_(piece, (weight - both).exp_()[..., None])
+                lse[:, :, rows] = both
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.parts, ctx.scale = parts, scale
+        return out.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        query, key, value, out, lse = ctx.saved_tensors
+        q, k, v, slope = _wide(query), _wide(key), _wide(value), _wide(slope)
+        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        for rows, columns, causal in ctx.parts:
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                slope[:, :, rows], q[:, :, rows], _spread(k, columns, q), _spread(v, columns, q), out[:, :, rows], lse[:, :, rows],
+                0.0, causal, scale=ctx.scale)  # fmt: skip
+            grads[0][:, :, rows] += dq
+            grads[1][:, :, columns] += dk.sum(1, keepdim=True)
+            grads[2][:, :, columns] += dv.sum(1, keepdim=True)
+        return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 for shorter formats: without matrix units for them the CPU kernel is slower in bf16 (docs/speed.md)."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _spread(x: Tensor, columns: slice, query: Tensor) -> Tensor:
+    """One key head for its group of query heads, without a copy."""
+    return x[:, :, columns].expand(-1, query.shape[1], -1, -1)
+
+
+def merged(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Block, ...], scale: float | None = None) -> Tensor:
+    """Attention over these blocks: query (1, H, T, d), key and value (1, H_kv, T, d) -> (1, T, H, d). CPU only.
+
+    Every query needs a causal block of its own, which comes before others of its rows.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    out = _Merged.apply(query[0].unflatten(0, (groups, heads // groups)), key[0][:, None], value[0][:, None], parts, scale)
+    return out.flatten(0, 1).transpose(0, 1)[None]
+
 
 def tree_mask(segments: Segments, tree: tuple[int, int], window: int | None, device: torch.device) -> Tensor | None:
     """(n, n) bool, True where a token of the tree may look; None where plain causal attention says the same.
@@ -29,7 +116,7 @@ def tree_mask(segments: Segments, tree: tuple[int, int], window: int | None, dev
     """
     start, end = tree
     members = [s for s in range(len(segments.starts)) if start <= segments.starts[s] < end]
-    longest = max(sum(segments.ends[c] - segments.starts[c] for c in segments.chain(s)) for s in members)
+    longest = max(_length(segments, s) for s in members)
     if len(members) == 1 and (window is None or longest <= window):
         return None
     mask = torch.zeros(end - start, end - start, dtype=torch.bool)
@@ -45,6 +132,22 @@ def tree_mask(segments: Segments, tree: tuple[int, int], window: int | None, dev
     if window is not None and longest > window:
         mask &= position[:, None] - position[None, :] < window
     return mask.to(device)
+
+
+def _length(segments: Segments, segment: int) -> int:
+    """Tokens of a segment and all before it."""
+    return sum(segments.ends[c] - segments.starts[c] for c in segments.chain(segment))
+
+
+def _plan(
+    segments: Segments, window: int | None, device: torch.device
+) -> tuple[Block, ...] | dict[tuple[int, int], Tensor | None]:
+    """How this batch is attended to, made once for all layers with this window: blocks for `merged`, or a mask per tree."""
+    if window not in segments.plans:
+        short = window is None or all(_length(segments, s) <= window for s in range(len(segments.starts)))
+        segments.plans[window] = (blocks(segments) if short and device.type == "cpu" else
+                                  {tree: tree_mask(segments, tree, window, device) for tree in segments.trees})  # fmt: skip
+    return segments.plans[window]
 
 
 def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -69,16 +172,24 @@ def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if segments.seen is not None:
         segments.seen.append(int(getattr(module, "layer_idx", -1)))
+    plan = _plan(segments, sliding_window, query.device)
+    if isinstance(plan, tuple):
+        return merged(query, key, value, plan, scaling).contiguous(), None
+    return masked(query, key, value, plan, scaling), None
+
+
+def masked(
+    query: Tensor, key: Tensor, value: Tensor, masks: dict[tuple[int, int], Tensor | None], scale: float | None = None
+) -> Tensor:
+    """The same attention by one SDPA per tree under its mask: shapes as `merged`."""
     groups = query.shape[1] // key.shape[1]
     out = []
-    for tree in segments.trees:
-        if (tree, sliding_window) not in segments.masks:
-            segments.masks[tree, sliding_window] = tree_mask(segments, tree, sliding_window, query.device)
-        mask, rows = segments.masks[tree, sliding_window], slice(*tree)
+    for tree, mask in masks.items():
+        rows = slice(*tree)
         keys, values = repeat_kv(key[:, :, rows], groups), repeat_kv(value[:, :, rows], groups)
         out.append(F.scaled_dot_product_attention(query[:, :, rows], keys, values, attn_mask=mask, is_causal=mask is None,
-                                                  scale=scaling))  # fmt: skip
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+                                                  scale=scale))  # fmt: skip
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, segment_attention)

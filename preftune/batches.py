@@ -29,7 +29,7 @@ class Segments:
         starts, ends: token range of each of S segments. prefix: index of the segment that each continues, or -1.
         trees: token ranges (start, end) of connected segments; no token sees another tree.
         seen: None, or a list to which every attention call appends its layer (the self-check counts them).
-        masks: cache of attention masks, per (tree, window), filled by `attention`.
+        plans: how `attention` computes this batch, per sliding window, filled by it.
     """
 
     starts: tuple[int, ...]
@@ -37,7 +37,7 @@ class Segments:
     prefix: tuple[int, ...]
     trees: tuple[tuple[int, int], ...]
     seen: list[int] | None = None
-    masks: dict = field(default_factory=dict, compare=False, repr=False)
+    plans: dict = field(default_factory=dict, compare=False, repr=False)
 
     def chain(self, segment: int) -> list[int]:
         """The segment's ancestors, root first, and itself."""

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch
 
-LOGITS = 1 << 23  # logits that may exist at once: 32 MB in fp32
+LOGITS = 1 << 24  # logits that may exist at once: 64 MB in fp32
+SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite divides, Cohere multiplies, Gemma soft-caps
 
 
 def packs(model: Any) -> bool:
@@ -55,9 +57,7 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     """hidden (n, D) -> logits (n, V) as the model itself makes them: its head module, its scale, its soft-cap."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, module = inner.config, inner.get_output_embeddings()
-    divide = getattr(config, "logits_scaling", None)  # Granite
-    multiply = getattr(config, "logit_scale", None)  # Cohere
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    divide, multiply, cap = (getattr(config, name, None) for name in SCALES)
 
     def head(hidden: Tensor) -> Tensor:
         logits = module(hidden)
@@ -88,10 +88,69 @@ def _chunk(vocabulary: int) -> int:
     return max(1, LOGITS // vocabulary)
 
 
+class _LinearLogps(torch.autograd.Function):
+    """log softmax(states W^T + b)[target] without keeping it: logits are made a chunk at a time, again in the backward pass.
+
+    d logp / d logits = onehot(target) - softmax, so one pass over the chunks gives the gradients of states, W and b. Logits of a
+    single chunk are kept instead of made twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, size: int) -> Tensor:
+        out = torch.empty(len(states), dtype=_wide(states[:0]).dtype, device=states.device)
+        lse, kept = torch.empty_like(out), None
+        for a in range(0, len(states), size):
+            piece = slice(a, a + size)
+            logits = F.linear(states[piece], weight, bias)
+            kept = logits if size >= len(states) else None
+            wide = _wide(logits)
+            lse[piece] = wide.logsumexp(-1)
+            out[piece] = wide.gather(-1, target[piece, None])[:, 0] - lse[piece]
+        ctx.save_for_backward(states, weight, bias, target, lse, kept)
+        ctx.size = size
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        states, weight, bias, target, lse, kept = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        several = ctx.size < len(states)
+        d_states = torch.empty_like(states) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype if several else weight.dtype) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if wants[2] else None
+        for a in range(0, len(states), ctx.size):
+            piece = slice(a, a + ctx.size)
+            logits = kept if kept is not None else F.linear(states[piece], weight, bias)
+            grad = torch.sub(logits, lse[piece, None], out=torch.empty(logits.shape, dtype=lse.dtype, device=logits.device))
+            grad.exp_().mul_(-slope[piece, None])
+            grad.scatter_add_(1, target[piece, None], slope[piece, None])
+            if d_bias is not None:
+                d_bias += grad.sum(0)
+            grad = grad.to(states.dtype)
+            if d_states is not None:
+                d_states[piece] = grad @ weight
+            if d_weight is not None and d_weight.dtype == grad.dtype:
+                d_weight.addmm_(grad.t(), states[piece])
+            elif d_weight is not None:
+                d_weight += grad.t() @ states[piece]
+        return (d_states, None if d_weight is None else d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype),
+                None, None)  # fmt: skip
+
+
+def _plain_linear(model: Any) -> torch.nn.Linear | None:
+    """The head where it is a linear map and nothing else: no adapter, scale, soft-cap or hook."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module = inner.get_output_embeddings()
+    scaled = any(getattr(inner.config, name, None) is not None for name in SCALES)
+    return module if type(module) is torch.nn.Linear and not scaled and not module._forward_hooks else None
+
+
 def token_logps(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """log pi(target | prefix) of every target, (N,) fp32. More than one chunk of logits is recomputed in the backward pass."""
-    head, size = head_of(model), _chunk(vocabulary_of(model))
-    states = hidden[batch.hidden]
+    size, states = _chunk(vocabulary_of(model)), hidden[batch.hidden]
+    if linear := _plain_linear(model):
+        return _LinearLogps.apply(states, linear.weight, linear.bias, batch.target, size)
+    head = head_of(model)
     if len(states) <= size:
         return _logps(head, states, batch.target)
     parts = []

@@ -72,7 +72,7 @@ def check(model: Any, store: Store, records: Sequence[int] | np.ndarray, objecti
     """
     share = packs(model)
     batch = make_batch(store, probe(store, records), columns=columns, share=share).to(device)
-    counted = replace(batch, segments=replace(batch.segments, seen=[], masks={}))
+    counted = replace(batch, segments=replace(batch.segments, seen=[], plans={}))
     found: dict[str, float] = {}
     with torch.inference_mode():
         logps = token_logps(model, hidden_states(model, counted), counted)
@@ -80,7 +80,9 @@ def check(model: Any, store: Store, records: Sequence[int] | np.ndarray, objecti
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     if share and len(counted.segments.seen or []) != layers:
         seen = len(counted.segments.seen or [])
-        raise SelfCheckError(f"{seen} of {layers} layers read the segment table: this model must not share prompts; please report it")
+        raise SelfCheckError(
+            f"{seen} of {layers} layers read the segment table: this model must not share prompts; please report it"
+        )
     _within("packed log-probs and the model's own forward pass", found["packed_error"], TOLERANCE[dtype])
     _check_ids(store, batch, codec)
     if fresh and "reference" in columns:

@@ -205,12 +205,12 @@ def test_a_wrong_mask_would_be_seen():
     model = models.prepare(make.model())
     store = make.store(5, k=3)
     batch = make_batch(store, range(5))
-    for tree in batch.segments.trees:
-        size = tree[1] - tree[0]
-        batch.segments.masks[tree, None] = torch.ones(size, size, dtype=torch.bool).tril()
-    with torch.no_grad():
-        wrong = token_logps(model, hidden_states(model, batch), batch)
-        assert float((wrong - own_logps(model, store, batch)).abs().max()) > 1e-2
+    causal = {(a, b): torch.ones(b - a, b - a, dtype=torch.bool).tril() for a, b in batch.segments.trees}
+    for plan in (tuple((slice(a, b), slice(a, b), True) for a, b in causal), causal):
+        batch.segments.plans[None] = plan
+        with torch.no_grad():
+            wrong = token_logps(model, hidden_states(model, batch), batch)
+            assert float((wrong - own_logps(model, store, batch)).abs().max()) > 1e-2
 
 
 def test_no_tensor_of_targets_by_vocabulary_exists(policy, store, column, monkeypatch):

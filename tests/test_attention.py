@@ -1,0 +1,147 @@
+"""Attention over segments: blocks joined by their log-sum-exps against one masked softmax; values and gradients; both ways of the head."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import make
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preftune import attention, models, readout
+from preftune.batches import Segments, make_batch
+
+DTYPES = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 5e-2}
+
+
+def inputs(tokens: int, heads: int, groups: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """Query, key, value as a layer gives them (the query a transposed view), and a gradient for the output."""
+    torch.manual_seed(seed)
+    query = torch.randn(1, tokens, heads, 8, dtype=dtype).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(1, groups, tokens, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    return [query, key, value, torch.randn(1, tokens, heads, 8, dtype=dtype)]
+
+
+def both(segments: Segments, tokens: int, heads: int, groups: int, dtype: torch.dtype, scale: float | None = None):
+    """(value, gradients) by blocks and by masks."""
+    query, key, value, slope = inputs(tokens, heads, groups, dtype)
+    masks = {tree: attention.tree_mask(segments, tree, None, torch.device("cpu")) for tree in segments.trees}
+    ways = (
+        attention.merged(query, key, value, attention.blocks(segments), scale),
+        attention.masked(query, key, value, masks, scale),
+    )
+    return [(out.detach(), *torch.autograd.grad((out * slope).sum(), (query, key, value))) for out in ways]
+
+
+def table(lengths: list[int], prefix: list[int]) -> Segments:
+    """Segments of these lengths, one after the other; a tree begins where a segment has no prefix."""
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    starts = [e - n for e, n in zip(ends, lengths, strict=True)]
+    roots = [s for s, p in zip(starts, prefix, strict=True) if p < 0] + [ends[-1]]
+    return Segments(tuple(starts), tuple(ends), tuple(prefix), tuple(pairwise(roots)))
+
+
+def test_blocks_by_hand():
+    """Prompt 0:3 with responses 3:5 and 5:9, the second continued by 9:10; then a row alone."""
+    segments = table([3, 2, 4, 1, 6], [-1, 0, 0, 2, -1])
+    own = [(0, 3), (3, 5), (5, 9), (9, 10), (10, 16)]
+    assert attention.blocks(segments) == (*((slice(a, b), slice(a, b), True) for a, b in own),
+                                          (slice(3, 10), slice(0, 3), False), (slice(9, 10), slice(5, 9), False))  # fmt: skip
+    batch = make_batch(make.store(6, k=3), range(6))
+    seen = sum((q.stop - q.start) * (k.stop - k.start) if not causal else (q.stop - q.start) * (q.stop - q.start + 1) // 2
+               for q, k, causal in attention.blocks(batch.segments))  # fmt: skip
+    masks = [attention.tree_mask(batch.segments, tree, None, torch.device("cpu")) for tree in batch.segments.trees]
+    assert seen == sum(int(mask.sum()) for mask in masks), "blocks compute exactly what the mask lets through"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_blocks_equal_masks(dtype, groups):
+    segments = table([3, 2, 4, 1, 6, 70, 40, 33], [-1, 0, 0, 2, -1, -1, 5, 5])
+    mine, plain = both(segments, 159, 4, groups, dtype, scale=0.3)
+    for a, b in zip(mine, plain, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert float((a - b).abs().max()) <= DTYPES[dtype] * max(1.0, float(b.abs().max()))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_forest(data):
+    """Trees of any depth, empty segments too, where a child comes after its parent and inside its tree."""
+    lengths, prefix, root = [], [], 0
+    for i in range(data.draw(st.integers(1, 9))):
+        new = i == 0 or data.draw(st.booleans())
+        root = i if new else root
+        prefix.append(-1 if new else data.draw(st.integers(root, i - 1)))
+        lengths.append(data.draw(st.integers(1 if new else 0, 6)))
+    mine, plain = both(table(lengths, prefix), sum(lengths), 2, 1, torch.float64)
+    assert all(float((a - b).abs().max()) < 1e-12 for a, b in zip(mine, plain, strict=True))
+
+
+def test_gradients_are_those_of_finite_differences():
+    segments = table([2, 2, 1], [-1, 0, 0])
+    query, key, value, _ = inputs(5, 2, 1, torch.float64)
+    parts = attention.blocks(segments)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention.merged(q, k, v, parts), (query, key, value))
+
+
+def test_large_scores_stay_finite():
+    """Scores in the thousands: the blocks' weights are differences of log-sum-exps, never sums of exponentials."""
+    segments = table([3, 2, 4], [-1, 0, 0])
+    query, key, value, _ = inputs(9, 2, 2, torch.float64)
+    masks = {(0, 9): attention.tree_mask(segments, (0, 9), None, torch.device("cpu"))}
+    for size in (1e3, 1e4):
+        mine = attention.merged(query * size, key, value, attention.blocks(segments)).detach()
+        assert torch.isfinite(mine).all()
+        assert float((mine - attention.masked(query * size, key, value, masks).detach()).abs().max()) < 1e-8
+
+
+def test_the_plan_is_the_mask_only_where_a_window_cuts():
+    batch = make_batch(make.store(4), range(4))
+    cpu = torch.device("cpu")
+    assert isinstance(attention._plan(batch.segments, None, cpu), tuple)
+    assert isinstance(attention._plan(batch.segments, 10**6, cpu), tuple)
+    assert isinstance(attention._plan(batch.segments, 4, cpu), dict)
+
+
+# ---------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 29, 30, 1000])
+def test_the_linear_head_equals_autograd(dtype, bias, size):
+    """30 targets of 50 words in chunks of `size`: value and every gradient."""
+    torch.manual_seed(0)
+    states, weight = (torch.randn(n, 16, dtype=dtype, requires_grad=True) for n in (30, 50))
+    shift = torch.randn(50, dtype=dtype, requires_grad=True) if bias else None
+    target, slope = torch.randint(50, (30,)), torch.randn(30)
+    asked = [x for x in (states, weight, shift) if x is not None]
+    mine = readout._LinearLogps.apply(states, weight, shift, target, size)
+    plain = readout._logps(lambda x: F.linear(x, weight, shift), states, target)
+    assert mine.dtype == plain.dtype and float((mine - plain).abs().max()) <= DTYPES[dtype]
+    grads = [torch.autograd.grad((out * slope).sum(), asked) for out in (mine, plain)]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype and float((a - b).abs().max()) <= DTYPES[dtype] * float(b.abs().max())
+
+
+def test_a_frozen_head_gets_no_gradient():
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4)
+    out = readout._LinearLogps.apply(states, weight, None, torch.tensor([0, 1, 2, 3, 4]), 2)
+    out.sum().backward()
+    assert states.grad is not None and weight.grad is None
+
+
+def test_which_heads_are_plain():
+    plain = models.prepare(make.model())
+    assert readout._plain_linear(plain) is plain.get_output_embeddings()
+    hooked = models.prepare(make.model())
+    hooked.get_output_embeddings().register_forward_hook(lambda m, i, o: None)
+    assert readout._plain_linear(hooked) is None
+    scaled = models.prepare(make.model("granite"))
+    assert readout._plain_linear(scaled) is None
+    adapted = models.add_lora(models.prepare(make.model()), rank=2, alpha=None, targets="lm_head", seed=0)
+    assert readout._plain_linear(adapted) is None
