@@ -1,29 +1,20 @@
-"""The tables of the documents say what the code does: learning rates and exit codes."""
+"""The tables of the documents say what the code does: learning rates, exit codes, layouts, options; translations keep up."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+from test_commands import PAGES, steps
 
 from preftune import cli, config, errors
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-
-
-def shown(heading: str) -> list[tuple[str, list[str]]]:
-    """(page, words after `preftune`) of every command in the blocks that are headed so."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(rf"```{heading}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            lines = [line[2:].split() for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
-            found += [(page.name, words[1:]) for words in lines if words[0].endswith("preftune")]
-    return found
 
 
 def rows(text: str) -> list[list[str]]:
@@ -58,27 +49,43 @@ def test_exit_codes_are_the_documented_ones():
     assert table == codes and len(codes) == 9
 
 
-def test_every_command_shown_is_one_that_the_program_reads():
-    """Verbs, options and the types of their values; that the files are there is the tutorial's own test."""
-    commands = [(page, words) for page, words in shown("console") if not {"--help", "--help-all", "--help-losses"} & set(words)]
-    assert len(commands) >= 12
-    for page, line in commands:
-        verb, words = cli.split_verb(line)
-        given, _ = cli.read_words(words, cli.VERBS[verb].options)
-        assert given or not words, page
-        if verb == "dpo":
-            plain = {name: value for name, (value, _) in given.items() if not name.startswith("loss.")}
-            arguments = {name.removeprefix("loss."): value for name, (value, _) in given.items() if name.startswith("loss.")}
-            assert config.loss_terms(config.Dpo(**plain, loss_arguments=arguments))
+def test_the_reference_is_what_the_program_knows():
+    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    page = maker.page()
+    assert all(f"\n## preftune {verb}\n" in page for verb in cli.VERBS)
+    flags = {option.flag for verb in cli.VERBS.values() for option in config.specs(verb.options)}
+    assert len(flags) >= 60 and all(f"| `{flag}` |" in page for flag in flags)
+    if page != (DOCS / "reference.md").read_text(encoding="utf-8"):
+        pytest.fail("docs/reference.md is not what the options say: run .venv/bin/python docs/make_reference.py", pytrace=False)
 
 
-def test_commands_shown_as_refused_are_refused():
-    commands = shown("console refused")
-    assert commands
-    for _, line in commands:
-        verb, words = cli.split_verb(line)
-        with pytest.raises(errors.UsageError):
-            cli.read_words(words, cli.VERBS[verb].options)
+def test_translations_stand_beside_their_originals():
+    """A Chinese page links to its original and back, has its sections and its commands; only the data may be in another language."""
+    translated = [*ROOT.glob("*.zh.md"), *DOCS.glob("*.zh.md")]
+    assert len(translated) >= 2
+    for page in translated:
+        original = page.with_name(page.name.replace(".zh.md", ".md"))
+        texts = [each.read_text(encoding="utf-8") for each in (page, original)]
+        assert f"]({original.name})" in texts[0] and f"]({page.name})" in texts[1]
+        ours, theirs = ([step.line.replace(" --language zh", "") for step in steps(each)] for each in (page, original))
+        assert ours == theirs
+        assert {link for link in re.findall(r"\]\((docs/images/[^)]+)\)", texts[1])} <= set(re.findall(r"\]\(([^)]+)\)", texts[0]))
+
+
+def test_commands_that_are_not_run_are_few_read_and_say_why():
+    every = [step for page in PAGES for step in steps(page)]
+    left_out = [step for step in every if step.not_run]
+    assert len(every) >= 100 and len(left_out) <= len(every) / 5
+    for step in left_out:
+        assert len(step.not_run.split()) >= 2, step.where
+        words = step.line.split()
+        if words[0].endswith("preftune"):
+            verb, rest = cli.split_verb(words[1:])
+            cli.read_words(rest, cli.VERBS[verb].options)
+    marks = sum(len(re.findall("^<!-- not run:", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    assert marks == len({step.where for step in left_out}), "a mark without a console block under it"
 
 
 def test_layouts_and_their_rows_are_the_documented_ones(tmp_path):

@@ -322,7 +322,7 @@ def machine_paths(root: Path) -> list[str]:
 
 
 def documents(root: Path) -> list[Path]:
-    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [*sorted(root.glob("README*.md")), *sorted((root / "docs").rglob("*.md"))]
 
 
 def commands(path: Path) -> list[list[str]]:
