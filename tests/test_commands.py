@@ -73,14 +73,14 @@ class World:
         self.root, self.printed = root, {}
 
     def demo(self, words: list[str], patch: pytest.MonkeyPatch) -> tuple[Path, str]:
-        """(folder, what was printed) of `preftune demo WORDS`, run once for each kind of words: 24 prompts, 60 steps."""
+        """(folder, what was printed) of `preftune demo WORDS`, run once for each kind of words: 16 prompts, 30 steps."""
         key = " ".join(words)
         folder = self.root / re.sub(r"\W+", "-", key or "plain") / "demo"
         if key not in self.printed:
             split = grammar.split
             with patch.context() as few:
-                few.setattr(grammar, "split", lambda *which: (split(*which)[0][:24], split(*which)[1][:6]))
-                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=60, samples=8, batch=16))
+                few.setattr(grammar, "split", lambda *which: (split(*which)[0][:16], split(*which)[1][:4]))
+                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=30, samples=8, batch=16))
                 code, out = run(["demo", "--output", str(folder), *words])
             assert code == 0, out
             self.printed[key] = out.replace(str(folder), "runs/demo")
