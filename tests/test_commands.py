@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import random
 import re
 import shlex
 import shutil
@@ -23,6 +25,7 @@ import make
 import pytest
 
 from preftune import cli, config, grammar
+from preftune.formats import to_json
 from preftune.stages import demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,18 +76,30 @@ class World:
         self.root, self.printed = root, {}
 
     def demo(self, words: list[str], patch: pytest.MonkeyPatch) -> tuple[Path, str]:
-        """(folder, what was printed) of `preftune demo WORDS`, run once for each kind of words: 16 prompts, 30 steps."""
+        """(folder, what was printed) of `preftune demo WORDS`, run once for each kind of words: 16 prompts, 60 steps."""
         key = " ".join(words)
         folder = self.root / re.sub(r"\W+", "-", key or "plain") / "demo"
         if key not in self.printed:
             split = grammar.split
             with patch.context() as few:
                 few.setattr(grammar, "split", lambda *which: (split(*which)[0][:16], split(*which)[1][:4]))
-                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=30, samples=8, batch=16))
+                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=60, samples=8, batch=16))
                 code, out = run(["demo", "--output", str(folder), *words])
             assert code == 0, out
+            language = "zh" if "zh" in words else "en"
+            train, held = grammar.split(language, 0)
+            write_judged(folder / "pairs.jsonl", language, train[:16])
+            write_judged(folder / "held_out.jsonl", language, held[:4])
             self.printed[key] = out.replace(str(folder), "runs/demo")
         return folder, self.printed[key]
+
+
+def write_judged(path: Path, language: str, prompts: list[str]) -> None:
+    """Pairs as the demo leaves them, of the grammar's own replies: what a model of 60 steps says differs from machine to machine."""
+    chance = random.Random(0)
+    spoken = [[(reply.text, True) for reply in chance.sample(grammar.replies(language, prompt), 8)] for prompt in prompts]
+    records = [record for prompt, replies in zip(prompts, spoken, strict=True) for record in demo._group(language, prompt, replies, chance)]
+    path.write_text("".join(json.dumps(to_json(record), ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -140,7 +155,9 @@ def provide(words: list[str], world: World, patch: pytest.MonkeyPatch) -> set[st
     for word in words:
         name = config.data_source(word)[0] if not word.startswith("-") else ""
         for part in (name, name.rpartition(":")[0], name.partition(":")[2].rpartition(":")[0]):
-            if part and part not in outputs(words) and not Path(part).exists() and stand_in(part, world, patch):
+            # Votes are on what a tiny model said, which may be no text at all: they are not trained on here.
+            there = Path(part).exists() and part != "votes.jsonl"
+            if part and part not in outputs(words) and not there and stand_in(part, world, patch):
                 put.add(part)
     return put
 
