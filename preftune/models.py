@@ -248,6 +248,10 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
     if surplus := sorted(found["unexpected_keys"]):
         more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
         say(f"{clean(name)}: {type(model).__name__} has no place for {clean(surplus[0])}{more}: not loaded")
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = [t for t, number in tokenizer.get_vocab().items() if number >= rows and t != tokenizer.pad_token]  # padding is never used
+    if beyond:
+        raise ModelError(f"{name}: the tokeniser has ids that the model has not: {beyond[0]!r} and {len(beyond) - 1} more, from {rows} on")
     if not adapters and not Path(name).is_dir():
         model.name_or_path = model.config._name_or_path = base  # the hub's name, not the folder of its cache
     for adapter in adapters:

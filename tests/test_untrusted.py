@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import pickle
+import random
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from preftune import cli, models, templating
 from preftune.config import Dpo
-from preftune.errors import CheckpointError, DataError, ModelError, UsageError
+from preftune.errors import CheckpointError, DataError, ModelError, PreftuneError, UsageError
 from preftune.formats import read, read_prompts
 from preftune.records import Judgement, Message, Record, Response
 from preftune.stages import dpo
@@ -550,3 +552,221 @@ def test_fault_34_an_ordinary_template_works_and_a_forked_process_has_its_own_ch
         render(messages=talk[1:])
     first, render.owner = render.child, -1  # as in a forked process
     assert render(messages=talk) == expected and render.child is not first
+
+
+# --- fault 35: malformed weights, fuzzed settings and tokenisers ----------------------------------------------------------------------
+
+
+def raw(header: Any, size: int = 0) -> bytes:
+    """A safetensors file with this header and `size` zero bytes after it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
+def entry(start: int, end: int, *, dtype: str = "F32", shape: tuple[int, ...] = (2,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+MALFORMED = {
+    "overlap": raw({"a": entry(0, 8), "b": entry(4, 12)}, 12),
+    "hole": raw({"a": entry(0, 8), "b": entry(12, 20)}, 20),
+    "tail": raw({"a": entry(0, 8)}, 64),
+    "beyond the end": raw({"a": entry(0, 8)}, 4),
+    "header of 101 MB": raw(b" " * 101_000_000),
+    "header longer than the file": struct.pack("<Q", 2**40) + b"{}",
+    "huge shape": raw({"a": entry(0, 8, shape=(2**62, 2**62))}, 8),
+    "negative": raw(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', 8),
+    "unknown dtype": raw({"a": entry(0, 8, dtype="OBJECT")}, 8),
+    "offset backwards": raw({"a": entry(8, 0)}, 8),
+    "not JSON": raw(b"{" * 500),
+    "deep": raw(b"[" * 100_000),
+    "empty": b"",
+    "cut": raw({"a": entry(0, 8)}, 8)[:11],
+    "no weights": raw({}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_fault_35_malformed_safetensors(name, folder):
+    (folder / "model.safetensors").write_bytes(MALFORMED[name])
+    with pytest.raises(ModelError, match=r"model\.safetensors: malformed|but the weight files hold"):
+        models.load(str(folder))
+
+
+def test_fault_35_weights_that_do_not_fit_the_configuration(folder, capsys):
+    """transformers itself loads the first, the fourth and the fifth, with random numbers or a cast."""
+    good = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    cases = {
+        "the weight files lack model.layers.1": {k: v for k, v in good.items() if k != name},
+        r"is \(3, 3\) in the weight file, the configuration asks for": good | {name: torch.ones(3, 3)},
+        "not finite": good | {name: good[name] * torch.nan},
+        "is of type I32": good | {name: good[name].int()},
+        "is of type BOOL": good | {name: good[name] > 0},
+        "the weight files lack": {k + ".x": v for k, v in good.items()},
+    }
+    for words, weights in cases.items():
+        save_file(weights, folder / "model.safetensors")
+        with pytest.raises(ModelError, match=words):
+            models.load(str(folder))
+    save_file(good | {"stray": torch.ones(1)}, folder / "model.safetensors")
+    models.load(str(folder))
+    assert "no place for stray" in capsys.readouterr().err
+
+
+ODD_VALUES: list[Any] = [None, True, -1, 0, 10**6, 2**63, 1e400, "", "x", "../x", [], {}, [None], {"a": []}, "a" * 10_000, [[[[]]]]]
+
+
+def mutated(table: Any, rng: random.Random) -> Any:
+    """A JSON value with one thing in it changed: a value, a key, or something taken out or doubled."""
+    table = json.loads(json.dumps(table))
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            places.append((node, key))
+            walk(node[key])
+
+    walk(table)
+    if len(places) > 300:  # of a vocabulary a few entries are enough
+        places = places[:30] + rng.sample(places, 270)
+    node, key = rng.choice(places)
+    how = rng.choice(["value", "value", "value", "drop", "rename", "copy"])
+    if how == "value":
+        node[key] = rng.choice(ODD_VALUES)
+    elif how == "drop" or isinstance(node, list):
+        node.pop(key)
+    elif how == "rename":
+        node[rng.choice(["x", key + "x"])] = node.pop(key)
+    else:
+        node[key + "_copy"] = node[key]
+    return table
+
+
+FUZZED = [("config.json", 90), ("tokenizer.json", 80), ("tokenizer_config.json", 30), ("generation_config.json", 20)]
+
+
+@pytest.mark.parametrize(("file", "count"), FUZZED)
+def test_fault_35_fuzzed_settings_end_in_words_or_a_model_that_works(file, count, folder):
+    """Seeded: the same files every time. Loaded, and used as training would: encoded, run, written again."""
+    rng, path = random.Random(35), folder / file
+    good, ends = json.loads(path.read_text()), {"refused": 0, "loaded": 0}
+    record = Record("so the cat", (Response(" then"), Response(" dog")), (Judgement(((0,), (1,))),))
+    for number in range(count):
+        path.write_text(json.dumps(mutated(good, rng)))
+        try:
+            model, tokenizer = models.load(str(folder))
+            found = one(make_codec(tokenizer), record)
+            if isinstance(found, Encoded):
+                with torch.inference_mode():
+                    model(torch.tensor([[*found.prompt, *found.responses[0]]]))
+            ends["loaded"] += 1
+        except PreftuneError as error:
+            assert str(error).strip(), number
+            ends["refused"] += 1
+    assert sum(ends.values()) == count and ends["loaded"] and (ends["refused"] or file == "generation_config.json"), ends
+
+
+# --- fault 16: names that are paths, addresses or code -------------------------------------------------------------------------------
+
+NAMES = ["../../escape", "/etc/escape", "..", "a/b", "~/escape", "$(touch escape)", "`touch escape`", "%2e%2e/escape", "x" * 5000, "CON",
+         "-rf"]  # fmt: skip
+
+
+def test_fault_16_names_in_data_are_never_paths(options, tmp_path, monkeypatch):
+    """ids, sources and metadata full of path tricks: the same files as ever are written, and nothing beside them."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    found = [{"prompt": f"{i} {name[:60]}", "responses": [{"text": " yes", "source": {"model": name}}, {"text": " no"}], "id": name,
+              "judgements": [{"order": [[0], [1]], "by": name}], "meta": {"file": name, "path": name}} for i, name in enumerate(NAMES)]  # fmt: skip
+    data = rows(tmp_path / "odd.jsonl", *found)
+    before = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
+    assert dpo.run(replace(options, data=[str(data)])) == 0
+    new = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} - before
+    assert new and all(name == "run" or name.startswith("run/") for name in new) and not any("escape" in name for name in new)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.mkdir [MARKER]", "!!python/name:os.system", "!include MARKER", "&a [*a]",
+                                  "{_component_: os.mkdir}", "!!binary aGk=", "${oc.env:HOME}x: 1"])  # fmt: skip
+@pytest.mark.parametrize("key", ["beta", "data", "_component_", "env"])
+def test_fault_16_configurations_hold_values_only(key, text, tmp_path, capsys, network):
+    marker = tmp_path / "marker"
+    (tmp_path / "c.yaml").write_text(f"{key}: {text.replace('MARKER', str(marker))}\n")
+    assert cli.main(["dpo", "--config", str(tmp_path / "c.yaml")]) in (2, 3)
+    said = capsys.readouterr().err
+    assert "c.yaml:1" in said or "no such file" in said
+    assert len(said.splitlines()) <= 3 and not marker.exists() and not network
+
+
+@pytest.mark.parametrize("address", ["https://example.org/c.yaml", "HTTP://x/y", "file:///etc/hostname", "s3://b/k", "ftp://x"])
+def test_fault_16_addresses_are_no_files(address, base, capsys, network):
+    for words in (["dpo", "--config", address], ["data", "check", address], ["chat", address],
+                  ["dpo", "--model", address, "--data", str(base / "config.json"), "--output", "x"]):  # fmt: skip
+        assert cli.main(words) in (2, 3, 8), words
+        assert len(capsys.readouterr().err.splitlines()) <= 3
+    assert not network
+
+
+# --- fault 40: no network, no secret -------------------------------------------------------------------------------------------------
+
+CANARY = "canary-5f1d0c"
+PIPELINE = """
+import io, json, os, sys
+tried = []
+WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind", "socket.sendmsg")
+def watch(event, arguments):
+    if event in WATCHED:
+        tried.append(f"{event} {arguments!r:.200}")
+        raise RuntimeError("a network attempt: " + tried[-1])
+sys.addaudithook(watch)
+from preftune.cli import main
+folder, model = sys.argv[1:]
+os.chdir(folder)
+small = ["--threads", "1", "--sample-tokens", "4"]
+lines = [
+    ["data", "check", "pairs.jsonl", "--model", model],
+    ["data", "show", "--model", model, "--data", "pairs.jsonl", "--html", "runs/show.html"],
+    ["data", "convert", "--data", "pairs.jsonl", "--output", "runs/canonical.jsonl"],
+    ["sft", "--model", model, "--data", "pairs.jsonl", "--preferred", "--output", "runs/sft", "--eval-prompts", "2", *small],
+    ["dpo", "--config", "c.yaml", "--model", "runs/sft", "--data", "runs/canonical.jsonl", "--output", "runs/dpo", "--lora", "2", *small],
+    ["dpo", "--resume", "runs/dpo"], ["report", "runs/dpo"], ["env"],
+    ["logprobs", "--model", "runs/dpo", "--data", "pairs.jsonl", "--output", "runs/l.jsonl", "--threads", "1"],
+    ["logprobs", "--model", "runs/dpo/adapter", "--data", "pairs.jsonl", "--output", "runs/a.jsonl", "--threads", "1"],
+    ["sample", "--model", "runs/dpo", "--data", "pairs.jsonl", "--output", "runs/s.jsonl", "--reference", "runs/sft", *small],
+    ["chat", "runs/dpo", "runs/sft", "--votes", "runs/v.jsonl", "--sample-tokens", "4"],
+]
+codes = []
+for words in lines:
+    sys.stdin = io.StringIO("hello\\n1\\n/exit\\n")
+    codes.append(main(words))
+import huggingface_hub.constants as hub
+print(json.dumps({"codes": codes, "tried": tried, "telemetry_off": hub.HF_HUB_DISABLE_TELEMETRY}))
+"""
+
+
+def test_fault_40_the_whole_pipeline_makes_no_network_attempt_and_keeps_no_secret(base, tmp_path):
+    """Not offline by an environment variable: every attempt is caught by an audit hook, below the socket module."""
+    make.write_pairs(tmp_path / "pairs.jsonl", 16)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "c.yaml").write_text(f"# {CANARY}\nepochs: 1  # {CANARY}\neval-prompts: 2\nholdout: 0.2\n")
+    secrets = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"), CANARY)
+    around = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")}
+    around |= secrets | {"PREFTUNE_CACHE": str(tmp_path / "runs" / "cache"), "HF_HOME": str(tmp_path / "runs" / "hub"),
+                         "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+    words = [sys.executable, "-c", PIPELINE, str(tmp_path), str(base)]
+    done = subprocess.run(words, capture_output=True, text=True, env=around, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"codes": [0] * 12, "tried": [], "telemetry_off": True}, (found, done.stderr[-3000:])
+    files = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
+    assert len(files) > 30 and {"report.html", "manifest.json", "config.yaml", "show.html", "v.jsonl"} <= {p.name for p in files}
+    assert not [str(p) for p in files if CANARY.encode() in p.read_bytes()] and CANARY not in done.stdout + done.stderr
+
+
+def test_fault_40_the_audit_hook_sees_an_attempt():
+    """The watch of the test above, seen to fail."""
+    attempt = "import socket\ntry: socket.create_connection(('127.0.0.1', 9))\nexcept RuntimeError: pass\nprint(tried)"
+    program = PIPELINE.split("from preftune.cli")[0] + attempt
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "socket." in done.stdout
