@@ -163,7 +163,7 @@ def make_codec(tokenizer: Any, *, template: str = "auto", bos: str = "auto", fin
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokeniser names no EOS token, so an answer could not end; set eos_token in tokenizer_config.json")
     own = tokenizer.bos_token_id
-    adds = own is not None and tokenizer("a").input_ids[:1] == [own]
+    adds = own is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [own]
     wanted = bos == "always" or (bos == "auto" and own is not None and (adds or own != tokenizer.eos_token_id))
     if wanted and own is None:
         raise UsageError("--bos always: this tokeniser has no BOS token; use --bos auto or never")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import pickle
@@ -678,8 +679,9 @@ def test_fault_16_names_in_data_are_never_paths(options, tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
-    found = [{"prompt": f"{i} {name[:60]}", "responses": [{"text": " yes", "source": {"model": name}}, {"text": " no"}], "id": name,
-              "judgements": [{"order": [[0], [1]], "by": name}], "meta": {"file": name, "path": name}} for i, name in enumerate(NAMES)]  # fmt: skip
+    found = [{"prompt": f"{i} {name[:60]}", "responses": [{"text": " yes", "source": {"model": name}}, {"text": " no"}],
+              "judgements": [{"order": [[0], [1]], "by": name}], "meta": {"file": name, "path": name}, "id": name}
+             for i, name in enumerate(NAMES)]  # fmt: skip
     data = rows(tmp_path / "odd.jsonl", *found)
     before = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
     assert dpo.run(replace(options, data=[str(data)])) == 0
@@ -770,3 +772,26 @@ def test_fault_40_the_audit_hook_sees_an_attempt():
     program = PIPELINE.split("from preftune.cli")[0] + attempt
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "socket." in done.stdout
+
+
+# --- docs/faults.md -------------------------------------------------------------------------------------------------------------------
+
+QUICK = ("chosen == rejected, all rows", "control tokens in user text", "all prompts longer than the limit",
+         "column misspelt", "one cut JSON line", "Latin-1 file", "empty file", "missing data file",
+         "model folder misspelt", "misspelt option", "misspelt key in YAML", "`beta: -0.1`", "same key twice in YAML",
+         "learning rate 1e30", "bit flip in the newest model weights", "optimizer file missing")  # fmt: skip
+
+
+def test_the_table_of_faults_still_holds(monkeypatch):
+    """Some of its rows done again: the exit codes that the page shows."""
+    path = Path(__file__).parents[1] / "bench" / "faults.py"
+    spec = importlib.util.spec_from_file_location("faults", path)
+    faults = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
+    page = faults.PAGE.read_text(encoding="utf-8")
+    rows = {fault.name: fault for fault in faults.FAULTS}
+    assert set(QUICK) <= set(rows) and all(f"| {name} |" in page for name in rows)
+    for name in QUICK:
+        with faults.place() as here:
+            code, said = rows[name].do(here)
+        assert code == rows[name].code and f"| {name} | {rows[name].trl} | **{code}** " in page, (name, code, said)
