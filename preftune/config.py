@@ -31,6 +31,7 @@ from .errors import DataError, ModelError, UsageError, nearest
 
 DEVICE = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*", "lexicon:FILE or python:FILE.py:FUNCTION")
+ANCHOR = (r".+=[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "NAME=VALUE, such as gpt-2=1000")
 GROUPS = {
     "main": "options", "data": "data and tokens", "training": "training", "evidence": "evidence while training",
     "keeping": "what is kept", "machine": "machine and network",
@@ -203,6 +204,31 @@ class Sample(Computing):
     batch_size: int = option(16, "rows at once", low=1)
     reference: str | None = option(None, "also estimate each sample's KL from this model (Rao-Blackwell)", shows="MODEL", reads="model")
     reward: str | None = option(None, "score the samples: lexicon:FILE or python:FILE.py:FUNCTION", shows="RULE", pattern=REWARD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Online):
+    """Ratings of many models, or players of any kind, from comparisons of few. Loads no model."""
+
+    EXAMPLE = "preftune rate games.csv --output ratings.html"
+    data: list[str] = option([], "tables of games or rankings (docs/rate.md), or records whose answers have a source", shows="FILE", required=True, positional=True, reads="data")
+    method: str = option("bradley-terry", "games of two; with ties: davidson, rao-kupper; rankings: plackett-luce, davidson", choices=("bradley-terry", "davidson", "rao-kupper", "plackett-luce"))
+    ties: str = option("refuse", "where the method has none: half a win each (bradley-terry), or breslow, efron (plackett-luce)", choices=("refuse", "half", "breslow", "efron"))
+    anchor: str | None = option(None, "a player whose rating is fixed. Default: the mean is 1000 (elo) or 0 (logit)", shows="NAME=VALUE", pattern=ANCHOR)
+    scale: str = option("elo", "elo: 400 points are odds of ten to one; logit: natural log-odds", choices=("elo", "logit"))
+    intervals: str = option("fisher", "fisher (the model holds), sandwich (it need not), or bootstrap", choices=("fisher", "sandwich", "bootstrap"))
+    cluster: str | None = option(None, "what comparisons share: prompt, by (the judge), or a column; for sandwich and bootstrap", shows="COLUMN")
+    level: float = option(0.95, "coverage of the intervals", low=0, high=1, open_low=True, open_high=True)
+    draws: int = option(1000, "draws of the bootstrap", low=100)
+    seed: int = option(0, "seed of the bootstrap", low=0)
+    prior: float = option(0.0, "precision of a normal prior on the ratings (natural units): finite ratings for the unbeaten; 0: none", low=0)
+    order_effect: bool = option(False, "also estimate the advantage of being shown first")
+    covariates: list[str] = option([], "also estimate effects: length, headers, bold, lists, or columns NAME_a and NAME_b", shows="NAME")
+    pairs: bool = option(False, "take rankings apart into games of two")
+    compare: list[str] = option([], "two names: the interval of their difference", shows="NAME")
+    json: str | None = option(None, "write everything as JSON", shows="FILE.json")
+    output: str | None = option(None, "page (.html) or forest plot (.svg); without an ending a new folder for both and the JSON", shows="FILE|FOLDER")
+    skip_bad: bool = option(False, "count and list unusable rows instead of stopping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -642,6 +668,16 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Sample,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
     ((Sample, Chat), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
     ((Sample,), "reference", lambda o: (o.temperature, o.top_p) != (1, 1), "estimates KL from samples of the model itself: needs --temperature 1 and --top-p 1"),
+    ((Rate,), "cluster", lambda o: o.intervals == "fisher", "has no effect on fisher intervals, which take all comparisons as independent: --intervals sandwich"),
+    *(((Rate,), name, lambda o: o.intervals != "bootstrap", "has no effect without --intervals bootstrap") for name in ("draws", "seed")),
+    ((Rate,), "ties", lambda o: o.method in ("davidson", "rao-kupper"), "has no effect: this --method models ties"),
+    ((Rate,), "ties", lambda o: o.ties == "half" and o.method != "bradley-terry", "half is a reading of games of two: it needs --method bradley-terry"),
+    ((Rate,), "ties", lambda o: o.ties in ("breslow", "efron") and o.method != "plackett-luce", "breslow and efron need --method plackett-luce"),
+    ((Rate,), "pairs", lambda o: o.intervals == "fisher", "makes dependent games of a ranking, which fisher intervals take for independent: --intervals sandwich"),
+    ((Rate,), "compare", lambda o: len(o.compare) != 2, "takes two names"),
+    ((Rate,), "output", lambda o: Path(o.output).suffix not in ("", ".html", ".svg"), "must end with .html or .svg, or have no ending: a folder"),
+    ((Rate,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
+    ((Rate,), "json", lambda o: o.json in (*o.data, o.output), "is also an input or the page; name a file that does not exist yet"),
     ((Chat,), "model", lambda o: len(o.model) > 2, "takes one model, or two to compare"),
     ((Chat,), "votes", lambda o: len(o.model) != 2, "needs two models to choose between"),
 )  # fmt: skip

@@ -113,7 +113,7 @@ def draw(chart: Chart, training: Sequence[Row], scored: Sequence[Row]) -> str:
         _dress(axes, chart)
         buffer = StringIO()
         figure.savefig(buffer, format="svg", transparent=True)  # the date in its metadata is cut out below
-    return _page_svg(buffer.getvalue(), chart)
+    return page_svg(buffer.getvalue(), chart)
 
 
 def _dress(axes: Any, chart: Chart) -> None:
@@ -128,7 +128,7 @@ def _dress(axes: Any, chart: Chart) -> None:
         axes.axhline(chart.rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _page_svg(text: str, chart: Chart) -> str:
+def page_svg(text: str, chart: Chart) -> str:
     """matplotlib's document as an element of the page: colours become variables, fonts and size are the page's."""
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
