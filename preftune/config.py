@@ -207,7 +207,7 @@ class Sample(Computing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate(Online):
+class Rate(Options):
     """Ratings of many models, or players of any kind, from comparisons of few. Loads no model."""
 
     EXAMPLE = "preftune rate games.csv --output ratings.html"
@@ -674,9 +674,9 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Rate,), "ties", lambda o: o.ties == "half" and o.method != "bradley-terry", "half is a reading of games of two: it needs --method bradley-terry"),
     ((Rate,), "ties", lambda o: o.ties in ("breslow", "efron") and o.method != "plackett-luce", "breslow and efron need --method plackett-luce"),
     ((Rate,), "pairs", lambda o: o.intervals == "fisher", "makes dependent games of a ranking, which fisher intervals take for independent: --intervals sandwich"),
+    ((Rate,), "pairs", lambda o: o.method == "plackett-luce", "has no effect: plackett-luce reads rankings, and games of two alike"),
     ((Rate,), "compare", lambda o: len(o.compare) != 2, "takes two names"),
     ((Rate,), "output", lambda o: Path(o.output).suffix not in ("", ".html", ".svg"), "must end with .html or .svg, or have no ending: a folder"),
-    ((Rate,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((Rate,), "json", lambda o: o.json in (*o.data, o.output), "is also an input or the page; name a file that does not exist yet"),
     ((Chat,), "model", lambda o: len(o.model) > 2, "takes one model, or two to compare"),
     ((Chat,), "votes", lambda o: len(o.model) != 2, "needs two models to choose between"),

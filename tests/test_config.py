@@ -26,6 +26,7 @@ from preftune.config import (
     Dpo,
     Env,
     Logprobs,
+    Rate,
     Report,
     Sample,
     Sft,
@@ -201,6 +202,21 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Chat, "model --votes v.jsonl", "--votes needs two models"),
     (Chat, "model --temperature 0 --top-p 0.5", "--top-p has no effect"),
     (Chat, "model gpt2 --offline", "--model gpt2: is not a folder here"),
+    (Rate, "", "--data must be given, for example:\n  preftune rate games.csv"),
+    (Rate, "pairs.jsonl --cluster prompt", "--cluster has no effect on fisher intervals"),
+    (Rate, "pairs.jsonl --draws 500", "--draws has no effect without --intervals bootstrap"),
+    (Rate, "pairs.jsonl --seed 1 --intervals sandwich", "--seed has no effect without --intervals bootstrap"),
+    (Rate, "pairs.jsonl --method davidson --ties half", "--ties has no effect: this --method models ties"),
+    (Rate, "pairs.jsonl --method plackett-luce --ties half", "--ties half is a reading of games of two"),
+    (Rate, "pairs.jsonl --ties efron", "--ties breslow and efron need --method plackett-luce"),
+    (Rate, "pairs.jsonl --pairs", "--pairs makes dependent games of a ranking"),
+    (Rate, "pairs.jsonl --pairs --intervals sandwich --method plackett-luce", "--pairs has no effect: plackett-luce reads rankings"),
+    (Rate, "pairs.jsonl --compare a", "--compare takes two names"),
+    (Rate, "pairs.jsonl --output board.png", "--output must end with .html or .svg"),
+    (Rate, "pairs.jsonl --output pairs.jsonl", "--output must end with .html"),
+    (Rate, "pairs.jsonl --json pairs.jsonl", "--json is also an input"),
+    (Rate, "pairs.jsonl --anchor a", "--anchor must be NAME=VALUE"),
+    (Rate, "pairs.jsonl --level 1", "--level must be a number above 0 and below 1"),
     (Report, "", "--run must be given"),
     (Report, "a b", "--run is given twice"),
     (Sft, "--model model --data pairs.jsonl --output out --from-scores all", "--from-scores has no effect without --preferred"),
@@ -407,7 +423,8 @@ def values_of(spec: config.Spec) -> st.SearchStrategy:
     if spec.choices and spec.kind != "texts":
         value = st.one_of(st.sampled_from(spec.choices), value) if spec.kind == "number" else st.sampled_from(spec.choices)
     if spec.pattern:
-        value = st.sampled_from(["cuda:3", "cpu"] if spec.name == "device" else ["lexicon:a b.txt", "python:x.py:f"])
+        known = {"device": ["cuda:3", "cpu"], "anchor": ["a=b=-1e3", "名 =.5"]}
+        value = st.sampled_from(known.get(spec.name, ["lexicon:a b.txt", "python:x.py:f"]))
     return st.none() | value if spec.optional else value
 
 
@@ -509,6 +526,6 @@ def test_every_hint_leads_somewhere():
 def test_the_example_of_every_verb_parses(here, cls):
     for name in ("MODEL", "runs/first"):
         Path(name).mkdir(parents=True)
-    for name in ("prompts.txt", "pairs.csv"):
+    for name in ("prompts.txt", "pairs.csv", "games.csv"):
         Path(name).write_text("x")
     parse(split_verb(cls.EXAMPLE.split()[1:])[1], cls)
