@@ -226,6 +226,7 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (DataCheck, "pairs.jsonl --finish never", "--finish has no effect without --model"),
     (DataCheck, "pairs.jsonl --bos never", "--bos has no effect without --model"),
     (DataCheck, "pairs.jsonl --template plain", "--template has no effect without --model"),
+    (DataCheck, "pairs.jsonl --control-tokens split", "--control-tokens has no effect without --model"),
     (DataShow, "--model model --data pairs.jsonl --row 0", "--row must be a whole number of at least 1"),
     (DataConvert, "--data pairs.jsonl --output pairs.jsonl", "--output is also an input"),
     (Demo, "--language fr", "--language must be one of en, zh"),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import preftune
 from preftune import ratings
 from preftune.cli import main
 from preftune.errors import DataError
@@ -325,7 +326,7 @@ def test_rao_kupper_by_definition():
     at = lambda x: fits._objective(d, x, weight, 9.0, 0.0)[0]  # noqa: E731
     step = 1e-4 * np.eye(4)
     assert gradient == pytest.approx([(at(theta + e) - at(theta - e)) / 2e-4 for e in step], abs=1e-6)
-    assert hessian.toarray() == pytest.approx(
+    assert hessian == pytest.approx(
         np.array(
             [[(at(theta + e + f) - at(theta + e - f) - at(theta - e + f) + at(theta - e - f)) / 4e-8 for f in step] for e in step]
         ),
@@ -364,6 +365,25 @@ def test_probabilities_of_all_orders_sum_to_one():
         d = design(pack([ballot]), "plackett-luce")
         total += np.exp(-fits._objective(d, np.log([p[n] for n in d.players]), d.share, 0.0, 0.0)[0])
     assert total == pytest.approx(1.0, abs=1e-13)
+
+
+def test_the_counted_hessian_is_the_product():
+    """`_gram` counts products into cells where rows are alike; else it multiplies sparse matrices. Both against the definition."""
+    generator = np.random.default_rng(7)
+    for order, filled in ((False, 2), (True, 3)):
+        i, j, won = simulated(generator, np.zeros(6), 50)
+        rows = design(paired(i, j, won, tuple("abcdef")), "bradley-terry", order_effect=order).rows
+        assert (np.diff(rows.indptr) == filled).all()
+        weight, full = generator.random(50), rows.toarray()
+        counted = fits._gram(rows, weight)
+        assert isinstance(counted, np.ndarray) and counted == pytest.approx(full.T @ (weight[:, None] * full), abs=1e-12)
+        rows.data[0] = 0
+        rows.eliminate_zeros()
+        full = rows.toarray()
+        product = fits._gram(rows, weight)
+        assert not isinstance(product, np.ndarray) and product.toarray() == pytest.approx(
+            full.T @ (weight[:, None] * full), abs=1e-12
+        )
 
 
 def test_sparse_and_dense_factors_agree(monkeypatch):
@@ -818,7 +838,7 @@ def test_rankings_taken_apart():
         apart(pack([Ballot(("a", "b", "c"), (0, 1, 2), times=2)]))
 
 
-def test_equal_games_are_merged_without_a_trace():
+def test_equal_games_are_merged_without_a_trace(monkeypatch):
     generator = np.random.default_rng(8)
     i, j, won = simulated(generator, np.zeros(3), 500)
     outcome = np.where(generator.random(500) < 0.2, 0.5, won)
@@ -830,6 +850,10 @@ def test_equal_games_are_merged_without_a_trace():
         assert whole[1].theta == pytest.approx(whole[0].theta, abs=1e-10) and whole[2].nll == pytest.approx(
             whole[0].nll, rel=1e-12
         )
+    monkeypatch.setattr(ratings.games, "MOST_KEYS", 0)  # by sorting instead of counting
+    for order, other in ((False, small), (True, ordered)):
+        again = ratings.merged(games, keep_order=order)
+        assert (again.player == other.player).all() and (again.rank == other.rank).all() and (again.count == other.count).all()
     numbers = [ratings.played(g) for g in (games, small)]
     assert numbers[0][0] == pytest.approx(numbers[1][0]) and numbers[0][1] == pytest.approx(numbers[1][1])
     assert numbers[0][0].sum() == 1000 and (numbers[0][0] * numbers[0][1]).sum() == pytest.approx(500)
@@ -883,6 +907,11 @@ def test_rate_from_a_table(here, capsys):
     assert (found["value"], found["low"]) == (pytest.approx(facts["compared"]["value"]), pytest.approx(facts["compared"]["low"]))
     page = (here / "r.html").read_text()
     assert "<script" not in page and "http-equiv" in page and "src=" not in page and 'href="http' not in page
+
+
+def test_rate_from_python(here):
+    assert rated("arena.csv --json r.json --order-effect") == 0
+    assert preftune.rate(data="arena.csv", order_effect=True) == json.loads((here / "r.json").read_text())
 
 
 def test_rate_writes_a_folder_and_keeps_an_old_one(here, capsys):

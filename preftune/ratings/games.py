@@ -19,6 +19,7 @@ from scipy.sparse import csgraph
 
 from ..errors import DataError
 
+MOST_KEYS = 20_000_000  # cells of a table of players, by players, by outcomes, for counting in it
 Array = Any  # numpy's types say nothing of shapes; docstrings do
 
 
@@ -223,20 +224,30 @@ def merged(games: Games, *, keep_order: bool) -> Games:
     n = len(games.players)
     if np.isnan(games.prob).all() and (games.weight == games.weight[0]).all():
         key = (pairs[:, 0] * n + pairs[:, 1]) * 3 + np.sign(ranks[:, 1] - ranks[:, 0]) + 1
+        if 3 * n * n <= MOST_KEYS:  # counting is quicker than sorting
+            table = np.bincount(key, weights=games.count, minlength=3 * n * n)
+            last = np.zeros(3 * n * n, dtype=np.int64)
+            last[key] = np.arange(len(key))
+            kept = np.flatnonzero(table)
+            return _some(games, pairs, ranks, last[kept], table[kept])
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     else:
         table = np.column_stack([pairs, ranks, np.nan_to_num(games.prob, nan=-1.0), games.weight])
         _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
-    count = np.bincount(inverse.ravel(), weights=games.count)
+    return _some(games, pairs, ranks, first, np.bincount(inverse.ravel(), weights=games.count))
+
+
+def _some(games: Games, pairs: Array, ranks: Array, kept: Array, count: Array) -> Games:
+    """The games `kept` (m,) alone, with new counts (m,)."""
     return replace(
         games,
-        start=np.arange(0, 2 * len(first) + 1, 2),
-        player=pairs[first].ravel(),
-        rank=ranks[first].ravel(),
-        values=np.zeros((2 * len(first), 0)),
-        open_end=np.zeros(len(first), dtype=bool),
-        prob=games.prob[first],
-        weight=games.weight[first],
+        start=np.arange(0, 2 * len(kept) + 1, 2),
+        player=pairs[kept].ravel(),
+        rank=ranks[kept].ravel(),
+        values=np.zeros((2 * len(kept), 0)),
+        open_end=np.zeros(len(kept), dtype=bool),
+        prob=games.prob[kept],
+        weight=games.weight[kept],
         count=count,
     )
 

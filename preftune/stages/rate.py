@@ -34,6 +34,8 @@ def _table(options: Rate, path: str, weight: float, counts: Counter[str]) -> Ite
         if row is BLANK:
             continue
         counts["rows"] += 1
+        if counts["rows"] % 250_000 == 0:
+            say(f"read {counts['rows']:,} rows")
         try:
             if isinstance(row, DataError):
                 raise row
@@ -211,15 +213,12 @@ def _show(facts: dict[str, Any]) -> None:
         console.print(Text(clean(note), style="yellow"))
 
 
-def run(options: Rate) -> int:
-    """Read, fit, show, write. Raises DataError (file:line), UsageError, DiskError; exit 3 where no finite ratings exist."""
-    folder = None
-    if options.output and not Path(options.output).suffix:
-        folder = require_new(options.output)
+def rated(options: Rate) -> dict[str, Any]:
+    """Read, fit, write the page; returns everything as `--json` writes it. Raises DataError (file:line), UsageError, DiskError."""
+    folder = require_new(options.output) if options.output and not Path(options.output).suffix else None
     counts: Counter[str] = Counter()
     games = ratings.pack(_ballots(options, counts), tuple(options.covariates))
     name, _, value = (options.anchor or "").rpartition("=")
-    anchor = (name, float(value)) if options.anchor else None
     with bar("bootstrap", options.draws) as advance:
         board = ratings.rate(
             ratings.apart(games) if options.pairs else games,
@@ -232,22 +231,30 @@ def run(options: Rate) -> int:
             draws=options.draws,
             seed=options.seed,
             scale=options.scale,
-            anchor=anchor,
+            anchor=(name, float(value)) if options.anchor else None,
             progress=advance,
         )
     facts = _facts(board, games, options, [*board.notes, *_notes(games, counts, options)])
-    _show(facts)
-    if options.json:
-        write_json(options.json, facts)
-        say(f"written       {clean(options.json)}")
     if folder is not None:
         new_folder(folder)
         write_json(folder / "ratings.json", facts)
         atomic_write(folder / "ratings.html", ratings_page(facts))
         atomic_write(folder / "forest.svg", forest_svg(facts, alone=True))
-        say(f"written       {clean(str(folder))}/ratings.html, ratings.json, forest.svg")
     elif options.output:
-        page = options.output.endswith(".html")
-        atomic_write(options.output, ratings_page(facts) if page else forest_svg(facts, alone=True))
-        say(f"written       {clean(options.output)}")
+        atomic_write(options.output, ratings_page(facts) if options.output.endswith(".html") else forest_svg(facts, alone=True))
+    return facts
+
+
+def run(options: Rate) -> int:
+    """Rate, show, write. Exit 3 where no finite ratings exist."""
+    facts = rated(options)
+    _show(facts)
+    if options.json:
+        write_json(options.json, facts)
+    written = [
+        options.json,
+        options.output if not options.output or Path(options.output).suffix else f"{options.output}/ratings.html",
+    ]
+    for path in filter(None, written):
+        say(f"written       {clean(path)}")
     return 0
