@@ -133,6 +133,7 @@ class Training(Judged):
     # training
     lora: int = option(0, "LoRA rank; 0 trains all weights", group="training", low=0, shows="RANK")
     lora_alpha: float | None = option(None, "LoRA scale numerator. Default: twice the rank", group="training", low=0, open_low=True)
+    adapter: str = option("merge", "an adapter given as --model: merge it into its base (and train all weights, or a new adapter with --lora), or continue training it", group="training", choices=("merge", "continue"))
     freeze: str | None = option(None, "do not train these: embed, head, layers.0-11, or beginnings or patterns of weight names, with commas", group="training", shows="NAMES")
     lora_targets: str = option("all-linear", "modules that get LoRA: all-linear or comma-separated name endings", group="training", shows="NAMES")
     max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
@@ -653,7 +654,8 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
     ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
-    ((Training,), "freeze", lambda o: o.lora > 0, "has no effect with --lora, which trains nothing of the model itself; --lora-targets says where adapters go"),
+    ((Training,), "adapter", lambda o: o.adapter == "continue" and o.lora > 0, "continue trains the adapter that --model is, and --lora adds another: give one of them"),
+    ((Training,), "freeze", lambda o: o.lora > 0 or o.adapter == "continue", "has no effect with --lora or --adapter continue, which train nothing of the model itself; --lora-targets says where adapters go"),
     *(((Training,), name, lambda o: o.optimiser == "rmsprop", "is AdamW's: --optimiser rmsprop does not take it") for name in ("weight_decay", "adam_beta1", "adam_beta2")),
     ((Training,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
     ((Training,), "eval_reward", lambda o: o.eval_prompts == 0, "has nothing to score: --eval-prompts is 0"),

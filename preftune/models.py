@@ -201,18 +201,19 @@ def _from_hub(name: str, *, cached: bool, weights: bool = True) -> Path:
         return Path(snapshot_download(name, local_files_only=cached, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
+    """Whether this is a folder with an adapter and no model of its own."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def _adapters(folder: Path) -> tuple[Path, str, list[Path]]:
+def adapters_of(folder: Path) -> tuple[Path, str, list[Path]]:
     """(base folder, its name, adapters on it, innermost first). A file never reaches the network: a base by hub name must be downloaded.
 
     Raises:
         ModelError: an adapter that names no base, one that is not here, or itself.
     """
     name, chain = str(folder), list[Path]()
-    while _is_adapter(folder):
+    while is_adapter(folder):
         if folder.resolve() in (p.resolve() for p in chain):
             raise ModelError(f"{folder}/adapter_config.json: names itself as its base")
         chain.append(folder)
@@ -232,7 +233,7 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
     Raises:
         ModelError: missing, malformed, unsafe, incomplete or non-finite. UsageError: the hub with `offline`.
     """
-    folder, base, adapters = _adapters(_folder(name, offline=offline))
+    folder, base, adapters = adapters_of(_folder(name, offline=offline))
     _check_folder(folder)
     with _readable(name, "cannot be loaded as a causal language model"), _quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -255,7 +256,7 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
     if not adapters and not Path(name).is_dir():
         model.name_or_path = model.config._name_or_path = base  # the hub's name, not the folder of its cache
     for adapter in adapters:
-        model = _merge(model, adapter)
+        model = with_adapter(model, adapter).merge_and_unload()
     bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if bad:
         raise ModelError(f"{name}: weight {bad} holds values that are not finite")
@@ -264,7 +265,7 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
 
 def load_tokenizer(name: str, *, offline: bool = False) -> tuple[Any, int | None]:
     """The tokeniser of a model, and its window, without its weights. Raises as `load` does."""
-    folder, _, _ = _adapters(_folder(name, offline=offline, weights=False))
+    folder, _, _ = adapters_of(_folder(name, offline=offline, weights=False))
     _check_folder(folder, weights=False)
     with _readable(name, "its tokeniser cannot be loaded"), _quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -288,8 +289,10 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _merge(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with a LoRA adapter merged into it. Its configuration is read by an allow-list: peft would import a module that one names.
+def with_adapter(model: nn.Module, folder: Path, *, train: bool = False) -> Any:
+    """The model wrapped with a LoRA adapter, which trains or does not.
+
+    Its configuration is read by an allow-list: peft would import a module that one names.
 
     Raises:
         ModelError: not LoRA, a pickle, an option that is not on the list, or weights that are not exactly those of its layers.
@@ -309,25 +312,30 @@ def _merge(model: nn.Module, folder: Path) -> nn.Module:
     with _readable(str(folder), "cannot be loaded as a LoRA adapter"), _quiet():
         with safe_open(file, "pt") as found:
             given = set(found.keys())
-        config = LoraConfig(**{k: spec[k] for k in LORA_READ if k in spec}, inference_mode=True)
-        wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+        config = LoraConfig(**{k: spec[k] for k in LORA_READ if k in spec}, inference_mode=not train)
+        wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=train)
         wanted = {k for k in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in k}
         if odd := sorted(wanted ^ {k for k in given if "lora_" in k}):
             raise ModelError(f"{file}: {'lacks' if odd[0] in wanted else 'holds a stray'} {odd[0]}")
-        return wrapped.merge_and_unload()
+        return wrapped
 
 
 def prepare(model: nn.Module) -> nn.Module:
     """Evaluation mode (dropout off, always) and the packed attention where the architecture is on the allow-list."""
     model.eval()
-    for module in model.modules():  # so that train mode, which gradient checkpointing asks for, changes nothing either
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    no_dropout(model)
     model.config.use_cache = False
     model.reads_segments = packing_refusal(model.config) is None
     if model.reads_segments:
         model.set_attn_implementation(attention.NAME)
     return model
+
+
+def no_dropout(model: nn.Module) -> None:
+    """So that train mode, which gradient checkpointing asks for, changes nothing either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def packing_refusal(config: Any) -> str | None:
@@ -428,7 +436,7 @@ def _named(model: nn.Module, name: str, known: dict[str, nn.Parameter]) -> set[s
 
 def weights_fingerprint(name: str, *, offline: bool = False) -> str:
     """Identity of the weights as given: hashes of the configuration and every safetensors file of the folder (hub: of its cache)."""
-    folder, _, adapters = _adapters(_folder(name, offline=offline))
+    folder, _, adapters = adapters_of(_folder(name, offline=offline))
     files = sorted((*weight_files(folder), folder / "config.json"))
     over = [[sha256_file(a / n) for n in ("adapter_config.json", "adapter_model.safetensors")] for a in adapters]
     return fingerprint("weights-2", {p.name: sha256_file(p) for p in files}, over)

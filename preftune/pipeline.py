@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import audit, checkpoints, engine, models, reference, report, runs, selfcheck
+from . import adapters, audit, checkpoints, engine, models, reference, report, runs, selfcheck
 from .batches import Order
 from .config import Training, load_config, resolved_yaml
 from .config import build as build_options
@@ -222,6 +222,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     say(f"read {facts['read']} records ({facts['layout']})")
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     size = models.parameters_of(model)
+    if options.adapter == "continue":
+        model = adapters.go_on(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     torch.set_num_threads(options.threads or (1 if size < 1_000_000 else os.cpu_count() or 1))
     if refusal := models.packing_refusal(model.config):
         say(f"one row per response: {refusal}")
@@ -236,7 +238,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         hint = "; --from-scores best-worst (or all) makes judgements of their scores" if facts["audit"]["scored"] else ""
         raise DataError(f"no training record has {objective.reads}{hint}")
     base = models.weights_fingerprint(str(options.model), offline=options.offline)
-    key = reference.identity(store, base, dtype=options.dtype, device=device)
+    # Merged weights are rounded, those of an adapter beside its base are not: two references.
+    key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base, dtype=options.dtype, device=device)
     columns = _columns(model, store, key, objective, options, device)
     held_index = np.flatnonzero(held & _judged(store, objective))
     if not len(held_index) and (options.patience or options.publish == "best"):
@@ -245,7 +248,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
     model, frozen, trained = what_trains(model, options, device)
-    lr, reason = engine.auto_rate(size, lora=bool(options.lora), supervised=objective.reads == "responses")
+    lr, reason = engine.auto_rate(size, lora=bool(options.lora) or options.adapter == "continue", supervised=objective.reads == "responses")
     lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
     say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
     order = Order(len(train), options.batch_size, options.epochs, options.seed)
@@ -283,7 +286,7 @@ def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | 
         model = models.add_lora(
             model, rank=options.lora, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed
         )
-    elif options.eval_prompts:
+    elif options.eval_prompts and options.adapter == "merge":
         frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     if options.freeze:
         kept = models.freeze(model, options.freeze)
@@ -291,9 +294,18 @@ def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | 
         models.checkpoint_layers(model)
     live = [p for p in model.parameters() if p.requires_grad]
     count = {"parameters": sum(p.numel() for p in live), "tensors": len(live), "of": models.parameters_of(model), "frozen": kept}
-    if options.lora or kept:
+    if count["parameters"] < count["of"]:
         say(f"training {count['parameters']:,} of {count['of']:,} weights")
+    if (given := _given(options)) and options.lora:
+        why = adapters.stack_refusal(given)
+        count["adapter"] = f"none: {why}, so only model/ holds the sum" if why else "joined with the given one: stands on that one's base"
     return model, frozen, count
+
+
+def _given(options: Training) -> Path | None:
+    """The adapter folder that --model is, if it is one."""
+    where = Path(models.resolve(str(options.model), offline=options.offline))
+    return where if models.is_adapter(where) else None
 
 
 def prompts_to_sample(records: list[Record], store: Store, held: np.ndarray, options: Training, window: int | None) -> list[Text]:
@@ -449,9 +461,10 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         say(f"the model is that of step {published}, whose held-out loss is the lowest")
     with runs.publish_folder(folder / "model") as staging:
         models.save(setup.model, setup.tokenizer, staging)
-    if options.lora:
+    given = _given(options)
+    if options.adapter == "continue" or (options.lora and not (given and adapters.stack_refusal(given))):
         with runs.publish_folder(folder / "adapter") as staging:
-            setup.model.save_pretrained(staging, safe_serialization=True)
+            adapters.save(setup.model, staging, given=given)
     evaluations = [row for row in metrics.rows() if "loss" not in row]
     drawn = samples.rows()
     after = next(row for row in reversed(evaluations) if row["step"] == published)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch
 
+GIVEN = "given"  # the name of the frozen copy of an adapter that goes on training
 LOGITS = 1 << 24  # logits that may exist at once: 64 MB in fp32
 SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite divides, Cohere multiplies, Gemma soft-caps
 
@@ -176,9 +177,16 @@ def vocabulary_of(model: Any) -> int:
 
 @contextmanager
 def as_reference(model: Any, reference: Any | None) -> Iterator[Any]:
-    """The frozen model: `reference` itself, or, where it is None, the same model with the adapter of this run switched off."""
+    """The frozen model: `reference` itself, or, where it is None, the same model with the adapter of this run switched off, or with
+    the frozen copy of the adapter that it was given (GIVEN) in its place."""
     if reference is not None:
         yield reference
+    elif GIVEN in getattr(model, "peft_config", {}):
+        model.set_adapter(GIVEN, inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.set_adapter("default")
     else:
         with model.disable_adapter():
             yield model

@@ -149,6 +149,8 @@ INVALID_WORDS: list[tuple[str, str]] = [
     ("--lora-alpha 8", "--lora-alpha has no effect without --lora RANK"),
     ("--lora-targets q_proj", "--lora-targets has no effect without --lora RANK"),
     ("--freeze embed --lora 4", "--freeze has no effect with --lora"),
+    ("--freeze embed --adapter continue", "--freeze has no effect with --lora or --adapter continue"),
+    ("--adapter continue --lora 4", "--adapter continue trains the adapter that --model is"),
     ("--optimiser rmsprop --adam-beta1 0.8", "--adam-beta1 is AdamW's: --optimiser rmsprop does not take it"),
     ("--optimiser rmsprop --adam-beta2 0.9", "--adam-beta2 is AdamW's"),
     ("--optimiser rmsprop --weight-decay 0.1", "--weight-decay is AdamW's"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import make
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_dpo import same_run
+from transformers import AutoModelForCausalLM
 
-from preftune import checkpoints, engine, models
-from preftune.config import Dpo
-from preftune.errors import CheckpointError, UsageError
-from preftune.stages import dpo
+from preftune import checkpoints, engine, models, pipeline
+from preftune.config import Dpo, Sft
+from preftune.errors import CheckpointError, ModelError, UsageError
+from preftune.readout import as_reference
+from preftune.stages import dpo, sft
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -238,3 +242,103 @@ def test_a_spoilt_best_checkpoint_is_told_and_no_model_is_written(turning):
     with pytest.raises(CheckpointError, match=rf"step-{best:06d}: cannot be used: weights.safetensors: 0 bytes"):
         dpo.run(Dpo(resume=wanted.output))
     assert not (Path(wanted.output) / "model").exists()
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(base, pairs, tmp_path_factory) -> Path:
+    """An adapter made by `sft`, large enough to matter."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    sft.run(Sft(model=str(base), data=[str(pairs)], output=str(folder), preferred=True, lora=2, lr=2e-2, epochs=2, batch_size=8,
+                eval_prompts=0, report=False, threads=1))  # fmt: skip
+    return folder / "adapter"
+
+
+IDS = torch.randint(0, 262, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def by_plain_peft(folder: Path) -> torch.Tensor:
+    """The adapter on the base that it names, by transformers and peft alone."""
+    named = read(folder, "adapter_config.json")["base_model_name_or_path"]
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), folder).eval())
+
+
+def trained_logits(folder: Path, options: Dpo) -> torch.Tensor:
+    """The model of the last checkpoint, put together as training has it."""
+    setup = pipeline.prepare(dpo.TASK, options)
+    state = engine.make_state(setup.model, rate=lambda step: 0.0, clip=0.0)
+    engine.restore_weights(state, checkpoints.latest(folder).tensors("weights"))
+    return logits(setup.model)
+
+
+@pytest.mark.parametrize("extra", [{"lora": 4, "lora_targets": "q_proj,down_proj"}, {"adapter": "continue"}], ids=["stacked", "continued"])
+def test_an_adapter_is_stood_upon_or_goes_on(extra, options, given, base, tmp_path):
+    """Start = the adapter as given; what is saved, merged or as an adapter on the first base, is what was trained; it resumes."""
+    wanted = replace(options, model=str(given), lr=2e-2, **extra)
+    folder = resumes_bitwise(wanted, tmp_path, 2)
+    manifest, results = read(folder, "manifest.json"), read(folder, "results.json")
+    assert manifest["self_check"]["start_loss"] == pytest.approx(0.6931, abs=1e-4) and results["before"]["kl_sequence_rb"] < 1e-6
+    assert results["after"]["kl_sequence_rb"] > 0.01 and results["after"]["eval/loss"] < results["before"]["eval/loss"]
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    trained = trained_logits(folder, wanted)
+    start = by_plain_peft(given)
+    assert (trained - start).abs().max() > 0.05 < (start - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max()
+    assert torch.allclose(merged, trained, atol=2e-5)
+    assert read(folder / "adapter", "adapter_config.json")["base_model_name_or_path"] == str(base)
+    assert torch.allclose(by_plain_peft(folder / "adapter"), trained, atol=2e-5)
+
+
+@pytest.mark.parametrize("extra", [{"lora": 4}, {"adapter": "continue"}], ids=["stacked", "continued"])
+def test_the_reference_stays_the_adapter_as_given(extra, options, given):
+    """Bit for bit, whatever the trained weights become; and training goes on with the trained ones afterwards."""
+    setup = pipeline.prepare(dpo.TASK, replace(options, model=str(given), **extra))
+    assert setup.frozen is None
+    with as_reference(setup.model, None) as frozen:
+        before = logits(frozen)
+    with torch.no_grad():
+        for p in setup.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    moved = logits(setup.model)
+    with as_reference(setup.model, None) as frozen:
+        assert torch.equal(logits(frozen), before)
+    assert torch.equal(logits(setup.model), moved) and not torch.equal(moved, before)
+    assert torch.allclose(before, by_plain_peft(given), atol=2e-5)
+    live = {n for n, p in setup.model.named_parameters() if p.requires_grad}
+    assert live and all(".default." in n for n in live) and setup.manifest["trained"]["tensors"] == len(live)
+
+
+def test_an_adapter_that_does_not_add_up_leaves_only_the_merged_model(options, given, tmp_path):
+    """rank_pattern gives modules scales of their own: no adapter/ is written and the manifest says why."""
+    odd = tmp_path / "odd"
+    shutil.copytree(given, odd)
+    spec = read(odd, "adapter_config.json") | {"alpha_pattern": {"q_proj": 7}}
+    (odd / "adapter_config.json").write_text(json.dumps(spec))
+    dpo.run(replace(options, model=str(odd), lora=2, max_steps=1))
+    assert "is not plain LoRA, so only model/" in read(options.output, "manifest.json")["trained"]["adapter"]
+    assert (Path(options.output) / "model").is_dir() and not (Path(options.output) / "adapter").exists()
+
+
+def test_adapter_folders_that_are_refused(options, given, tmp_path):
+    with pytest.raises(UsageError, match="--adapter continue: .* is not an adapter folder"):
+        dpo.run(replace(options, adapter="continue"))
+    for change, words in (({"use_dora": True, "lora_bias": True}, "cannot be loaded as a LoRA adapter|lacks"),
+                          ({"base_model_name_or_path": None}, "names no base model")):  # fmt: skip
+        bad = tmp_path / next(iter(change))
+        shutil.copytree(given, bad)
+        (bad / "adapter_config.json").write_text(json.dumps(read(given, "adapter_config.json") | change))
+        with pytest.raises(ModelError, match=words):
+            dpo.run(replace(options, model=str(bad)))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(given, pickled)
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(ModelError, match="a pickle such as .* is never read"):
+        dpo.run(replace(options, model=str(pickled), adapter="continue"))
+    assert not Path(options.output).exists()
