@@ -157,6 +157,7 @@ class Training(Judged):
     save_every: int | None = option(None, "steps between checkpoints. Default: at every evaluation", group="keeping", low=1)
     keep: int = option(2, "checkpoints kept", group="keeping", low=1)
     publish: str | None = option(None, "which weights become model/: of the lowest held-out loss, or of the last step. Default: best with --patience, else last", group="keeping", choices=("best", "last"))
+    track: list[str] = option([], "also send metrics to these: tensorboard, trackio, wandb (the extra [track])", group="keeping", choices=("tensorboard", "trackio", "wandb"), shows="NAME")
     report: bool = option(True, "write report.html at the end", group="keeping")
 
 
@@ -345,7 +346,7 @@ ALSO_CALLED = {
     "resume_from_checkpoint": "resume", "eval_steps": "eval_every", "save_steps": "save_every", "max_new_tokens": "sample_tokens",
     "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
     "early_stopping_patience": "patience", "early_stopping_threshold": "min_improvement", "load_best_model_at_end": "publish",
-    "optim": "optimiser", "optimizer": "optimiser", "freeze_layers": "freeze",
+    "optim": "optimiser", "report_to": "track", "optimizer": "optimiser", "freeze_layers": "freeze",
 }  # fmt: skip
 
 

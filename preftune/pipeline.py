@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import adapters, audit, checkpoints, engine, models, reference, report, runs, selfcheck
+from . import adapters, audit, checkpoints, engine, models, reference, report, runs, selfcheck, trackers
 from .batches import Order
 from .config import Training, load_config, resolved_yaml
 from .config import build as build_options
@@ -216,6 +216,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     torch.manual_seed(options.seed)
     objective = task.objective(options)
     engine.optimiser_named(options.optimiser)
+    trackers.require(options.track, offline=options.offline)
     scoring = rule(options.eval_reward) if options.eval_reward else None
     device = models.pick_device(options.device)
     records, first, facts = read_records(task, options)
@@ -396,10 +397,12 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
         for row in _sample_rows(setup, drawn, state.step) if drawn else ():
             samples.add(row)
         metrics.add(line)
+        track(line)
         say(f"step {state.step}/{total}  {describe(line)}")
         return "eval/loss" in line and engine.watch_held_out(state, line["eval/loss"], least=options.min_improvement) and best
 
-    with runs.stop_on_signals() as stop, bar("training", total) as advance:
+    sending = trackers.tracking(options.track, folder, metrics.rows())
+    with runs.stop_on_signals() as stop, bar("training", total) as advance, sending as track:
         if not found:
             evaluate()
             save()
@@ -407,7 +410,9 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
                              micro_tokens=options.micro_tokens, columns=setup.columns, share=packs(setup.model),
                              device=setup.device)  # fmt: skip
         for line in engine.train(state, steps, setup.objective, where=setup.store.where):
-            metrics.add({"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line)
+            line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
+            metrics.add(line)
+            track(line)
             advance(state.step, total, f"loss {line['loss']:.4f}")
             lowest = (state.step % every == 0 or state.step == total) and evaluate()
             if state.step % save_every == 0 or state.step == total or lowest or over():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import rooms of lower layers only. Every module of the package has its line here; a new one without a line fails.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "config", "screen"),
-    ("records", "formats", "ratings", "grammar", "losses", "runs", "templating"),
+    ("records", "formats", "ratings", "grammar", "losses", "runs", "trackers", "templating"),
     ("tokens", "store", "audit"),
     ("batches", "attention", "readout", "exact"),
     ("models", "adapters", "reference", "parallel", "checkpoints", "objectives"),
@@ -50,8 +50,8 @@ SIDEWAYS: dict[tuple[str, str], str] = {
 STAGE_TO_STAGE: dict[tuple[str, str], str] = {("demo", "dpo"): "the demo is the pipeline of the verbs, run in turn"}
 ONLY_INSIDE_FUNCTIONS = {("cli", "stages")}
 
-TORCH_FREE = ("errors", "files", "config", "screen", "records", "formats", "ratings", "grammar", "runs", "templating", "report", "label",
-              "cli", "api")  # fmt: skip
+TORCH_FREE = ("errors", "files", "config", "screen", "records", "formats", "ratings", "grammar", "runs", "trackers", "templating", "report",
+              "label", "cli", "api")  # fmt: skip
 TENSOR_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "accelerate")
 SLOW_FOR_HELP = (*TENSOR_LIBRARIES, "numpy", "scipy", "matplotlib", "jinja2")
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from test_dpo import same_run
 from transformers import AutoModelForCausalLM
 
-from preftune import checkpoints, engine, models, pipeline
+from preftune import checkpoints, engine, models, pipeline, trackers
 from preftune.config import Dpo, Sft
 from preftune.errors import CheckpointError, ModelError, UsageError
 from preftune.readout import as_reference
@@ -342,3 +343,66 @@ def test_adapter_folders_that_are_refused(options, given, tmp_path):
     with pytest.raises(ModelError, match="a pickle such as .* is never read"):
         dpo.run(replace(options, model=str(pickled), adapter="continue"))
     assert not Path(options.output).exists()
+
+
+# --- trackers ------------------------------------------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of every scalar in TensorBoard's files, in order."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = [event for path in sorted(folder.iterdir()) for event in EventFileLoader(str(path)).Load()]
+    return [(event.step, value.tag, value.tensor.float_val[0]) for event in found for value in event.summary.value]
+
+
+def test_tensorboard_holds_every_row_once_after_a_resume_too(options, tmp_path):
+    pytest.importorskip("tensorboard")
+    wanted = replace(options, track=["tensorboard"], eval_every=2, save_every=1)
+    make.stop_after(dpo.run, wanted, 2)
+    dpo.run(Dpo(resume=wanted.output))
+    folder = Path(wanted.output)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = [(r["step"], k, v) for r in rows for k, v in r.items() if k != "step" and isinstance(v, (int, float))]
+    got = events(folder / "tensorboard")
+    assert [e[:2] for e in got] == [e[:2] for e in expected] and len(got) > 50
+    assert all(a[2] == pytest.approx(b[2], rel=1e-6, abs=1e-30) for a, b in zip(got, expected, strict=True))
+    assert not (folder / "tracking.json").exists()  # for trackers whose store outlives the folder
+
+
+def test_a_store_that_outlives_the_run_gets_no_row_twice(tmp_path, monkeypatch):
+    """A run that sent six rows and resumes after four: rows five and six are computed again and not sent again."""
+    got: list[tuple[int, dict[str, float]]] = []
+
+    @contextmanager
+    def store(folder: Path, run: str) -> Any:
+        yield lambda step, values: got.append((step, values))
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", store)
+    rows = [{"step": i, "loss": i / 2, "text": "x", "none": None} for i in range(8)]
+    with trackers.tracking(["wandb"], tmp_path, []) as track:
+        for row in rows[:6]:
+            track(row)
+    with trackers.tracking(["wandb"], tmp_path, rows[:4]) as track:
+        for row in rows[4:]:
+            track(row)
+    assert got == [(i, {"loss": i / 2}) for i in range(8)]
+
+
+def test_trackers_are_refused_before_anything_is_read(options, monkeypatch):
+    unread = replace(options, model="./nowhere", data=["nowhere.jsonl"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--track trackio: trackio is not installed: pip install 'preftune\[track\]'"):
+        dpo.run(replace(unread, track=["trackio"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for variable in ("WANDB_MODE", "WANDB_API_KEY", "TRACKIO_SPACE_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UsageError, match="no WANDB_API_KEY in the environment"):
+        dpo.run(replace(unread, track=["wandb"]))
+    with pytest.raises(UsageError, match="--track wandb: needs the network, which --offline refuses"):
+        dpo.run(replace(unread, track=["wandb"], offline=True))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.require(["wandb", "trackio"], offline=True)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/space")
+    with pytest.raises(UsageError, match="TRACKIO_SPACE_ID sends it over the network"):
+        trackers.require(["trackio"], offline=True)
