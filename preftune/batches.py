@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -123,6 +124,11 @@ class Step:
     totals: Mapping[str, float]
 
 
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 @dataclass(frozen=True)
 class Order:
     """Which records make which step: a seeded permutation per epoch, a function of (seed, epoch) alone, so resuming needs a number.
@@ -147,8 +153,7 @@ class Order:
     def records_of(self, step: int) -> np.ndarray:
         """Record indices of step 0, 1, ..."""
         epoch, index = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.records)
-        return order[index * self.batch_size : (index + 1) * self.batch_size]
+        return _permutation(self.seed, epoch, self.records)[index * self.batch_size : (index + 1) * self.batch_size]
 
 
 def _rows(store: Store, record: int, share: bool) -> list[tuple[list[int], int]]:
@@ -159,9 +164,13 @@ def _rows(store: Store, record: int, share: bool) -> list[tuple[list[int], int]]
     return [(store.chain(s), -1) for s in segments if store.response[s] >= 0 or store.response[s] == MISMATCHED]
 
 
-def tokens_of(store: Store, record: int, *, share: bool = True) -> int:
-    """Tokens that a record costs in a forward pass."""
-    return int(sum(store.start[s + 1] - store.start[s] for row, _ in _rows(store, record, share) for s in row))
+def tokens_of(store: Store, records: Sequence[int] | np.ndarray, *, share: bool = True) -> np.ndarray:
+    """Tokens that each of these records costs in a forward pass: (len(records),) int64."""
+    records = np.asarray(records, dtype=np.int64)
+    if share:
+        return store.start[store.record_start[records + 1]] - store.start[store.record_start[records]]
+    size = np.diff(store.start)
+    return np.array([sum(size[s] for row, _ in _rows(store, r, share) for s in row) for r in records.tolist()], dtype=np.int64)
 
 
 class _Builder:
@@ -253,18 +262,33 @@ def make_batch(
     return builder.build([int(r) for r in records], columns or {})
 
 
-def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, *, share: bool = True) -> list[list[int]]:
-    """Cut records, in order, into groups of at most `micro_tokens` tokens; a record larger than that stands alone."""
-    groups: list[list[int]] = []
-    room = -1
-    for record in records:
-        cost = tokens_of(store, int(record), share=share)
-        if cost > room or not groups:
-            groups.append([])
-            room = micro_tokens
-        groups[-1].append(int(record))
-        room -= cost
-    return groups
+def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, *, share: bool = True, even: bool = False) -> list[list[int]]:
+    """Cut records, in order, into groups of at most `micro_tokens` tokens; a record larger than that stands alone.
+
+    Args:
+        even: the smallest largest group that the same number of groups allows, so that none is nearly empty.
+    """
+    costs = tokens_of(store, records, share=share)
+
+    def cut(limit: int) -> list[list[int]]:
+        groups: list[list[int]] = []
+        room = -1
+        for record, cost in zip(records, costs.tolist(), strict=True):
+            if cost > room or not groups:
+                groups.append([])
+                room = limit
+            groups[-1].append(int(record))
+            room -= cost
+        return groups
+
+    groups = cut(micro_tokens)
+    if not even or len(groups) < 2:
+        return groups
+    low, high = int(costs.sum()) // len(groups), micro_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= len(groups) else (middle + 1, high)
+    return cut(high)
 
 
 def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
@@ -278,6 +302,6 @@ def make_step(store: Store, records: Sequence[int] | np.ndarray, *, micro_tokens
               share: bool = True) -> Step:  # fmt: skip
     """One optimiser step of these records, cut to fit `micro_tokens`."""
     micro = tuple(
-        make_batch(store, group, columns=columns, share=share) for group in split(store, records, micro_tokens, share=share)
+        make_batch(store, group, columns=columns, share=share) for group in split(store, records, micro_tokens, share=share, even=True)
     )
     return Step(micro, tuple(int(r) for r in records), totals_of(micro, len(records)))

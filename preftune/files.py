@@ -304,7 +304,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _take(handle: int) -> bool | None:
+def owned(handle: int) -> bool | None:
     """Whether the kernel's lock is ours now; None where the file system has none. A kill releases it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +334,7 @@ def run_lock(folder: object) -> Iterator[None]:
     with disk(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        taken, owner = _take(handle), _owner(handle)
+        taken, owner = owned(handle), _owner(handle)
         elsewhere = owner.get("host", host) != host
         unlocked = taken is None and isinstance(owner.get("pid"), int) and _alive(owner["pid"])
         if taken is False or elsewhere or unlocked:

@@ -74,7 +74,7 @@ def test_any_cut_has_the_same_totals_and_tables(micro):
     for name, value in vars(whole.micro[0].table).items():
         assert torch.equal(value, getattr(joined, name)), name
     assert [r for g in split(store, records, micro) for r in g] == records
-    assert all(len(b.tokens) <= max(micro, max(tokens_of(store, r) for r in records)) for b in cut.micro)
+    assert all(len(b.tokens) <= max(micro, max(tokens_of(store, records))) for b in cut.micro)
 
 
 def test_order_is_a_permutation_per_epoch_and_a_function_of_the_step():
@@ -118,3 +118,16 @@ def test_what_does_not_fit_is_counted_by_side_and_nothing_is_cut():
         "both responses too long": 1,
     }
     assert intake.read == 5 and len(store) == 1 and list(intake.kept) == [0] and "f:1" in str(intake.refused[0])
+
+
+def test_even_groups_are_as_few_and_the_largest_is_as_small_as_can_be():
+    """Every limit below the one found needs one group more."""
+    store = make.store(10, k=3)
+    cost = {r: int(c) for r, c in enumerate(tokens_of(store, range(10)))}
+    for micro in (1, 70, 100, 170, 260, 10_000):
+        plain, even = split(store, range(10), micro), split(store, range(10), micro, even=True)
+        assert [r for g in even for r in g] == list(range(10)) and len(even) == len(plain)
+        largest = [max(sum(cost[r] for r in g) for g in groups) for groups in (plain, even)]
+        assert largest[1] <= largest[0]
+        if largest[1] > max(cost.values()):
+            assert len(split(store, range(10), largest[1] - 1)) > len(even)
