@@ -433,6 +433,19 @@ def test_symmetry_transitivity_and_the_gauge(method, seed):
         assert not (chance[a, b] > 0.5 and chance[b, c] > 0.5) or chance[a, c] > 0.5
 
 
+@pytest.mark.parametrize("intervals", ["fisher", "bootstrap"])
+def test_ranks_are_those_of_the_difference_intervals(intervals):
+    """Neighbours whose own intervals overlap may still be told apart: the covariance is in it."""
+    generator = np.random.default_rng(11)
+    games = paired(*simulated(generator, np.linspace(0.9, -0.9, 6), 700), tuple("abcdef"))
+    board = rate(games, "bradley-terry", intervals=intervals, draws=200)
+    for line in board.lines:
+        found = [compare(board, line.name, other.name)[0] for other in board.lines if other is not line]
+        assert line.first == 1 + sum(e.high[0] < 0 for e in found) and line.last == 6 - sum(e.low[0] > 0 for e in found)
+    surely = [(x, y) for x, y in itertools.combinations(board.lines, 2) if compare(board, x.name, y.name)[0].low[0] > 0]
+    assert any(x.low < y.high for x, y in surely)
+
+
 def test_scales_and_anchors_are_affine():
     games = of_wins(WINS, names=NAMES)
     plain, anchored = rate(games, "bradley-terry", scale="logit"), rate(games, "bradley-terry", anchor=("b", 1500.0))

@@ -131,7 +131,7 @@ def _derivatives(d: Design, theta: Array, p: Array, weight: Array, ties: float, 
 
 
 def _factor(hessian: Any, players: int, prior: float) -> Solve:
-    """x = H^-1 b for b whose players' part sums to 0; then so does that of x. Raises LinAlgError where H is singular beyond the level."""
+    """x = H^-1 b, up to the level of the players, for b whose players' part sums to 0. Raises LinAlgError where H is singular."""
     width = hessian.shape[0]
     scale = float(hessian.diagonal()[:players].mean())
     if width <= DENSE:
@@ -149,7 +149,6 @@ def _factor(hessian: Any, players: int, prior: float) -> Solve:
     def solve(b: Array) -> Array:
         x = np.zeros(b.shape)
         x[keep] = inner.solve(b[keep])
-        x[:players] -= x[:players].mean(axis=0)
         return x
 
     return solve
