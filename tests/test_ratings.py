@@ -438,7 +438,7 @@ def test_ranks_are_those_of_the_difference_intervals(intervals):
     """Neighbours whose own intervals overlap may still be told apart: the covariance is in it."""
     generator = np.random.default_rng(11)
     games = paired(*simulated(generator, np.linspace(0.9, -0.9, 6), 700), tuple("abcdef"))
-    board = rate(games, "bradley-terry", intervals=intervals, draws=200)
+    board = rate(games, "bradley-terry", intervals=intervals, draws=200, anchor=("f", 0.0))
     for line in board.lines:
         found = [compare(board, line.name, other.name)[0] for other in board.lines if other is not line]
         assert line.first == 1 + sum(e.high[0] < 0 for e in found) and line.last == 6 - sum(e.low[0] > 0 for e in found)
