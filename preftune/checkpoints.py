@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError, DataError, DiskError, nearest
-from .files import disk, disk_error, dumps, free_bytes, read_json, sha256_file, size_text, sync
+from .files import disk, disk_error, dumps, free_bytes, read_json, sha256_file, size_text, sync, wrapped
 
 Groups = Mapping[str, Mapping[str, torch.Tensor]]  # {"weights": {name: tensor}, ...}
 
@@ -133,9 +133,8 @@ def _write(staging: Path, step: int, tensors: Groups, state: str) -> None:
     for name, group in tensors.items():
         try:
             save_file({key: value.detach().contiguous() for key, value in group.items()}, staging / f"{name}.safetensors")
-        except SafetensorError as error:  # the library wraps what the system said: 'I/O error: ... (os error 28)'
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(code[1]) if code else None, str(error)) from error
+        except SafetensorError as error:
+            raise wrapped(error) or OSError(str(error)) from error
         names.append(f"{name}.safetensors")
     (staging / "state.json").write_text(state, encoding="utf-8")
     names.append("state.json")

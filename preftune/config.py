@@ -19,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +32,8 @@ from .errors import DataError, ModelError, UsageError, nearest
 DEVICE = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*", "lexicon:FILE or python:FILE.py:FUNCTION")
 ANCHOR = (r".+=[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "NAME=VALUE, such as gpt-2=1000")
+# What a resumed run compares with its beginning, and --allow-change lets pass.
+CHANGES = ("data", "tokeniser", "template", "base", "reference", "reward", "config", "threads", "device", "versions")
 GROUPS = {
     "main": "options", "data": "data and tokens", "training": "training", "evidence": "evidence while training",
     "keeping": "what is kept", "machine": "machine and network",
@@ -124,7 +126,7 @@ class Training(Judged):
     epochs: float = option(1.0, "passes over the training records", low=0, open_low=True)
     batch_size: int = option(32, "records per optimiser step", low=1)
     seed: int = option(0, "seed of order, split, initialisation and sampling", low=0)
-    resume: str | None = option(None, "continue this run folder; needs nothing else", shows="RUN")
+    resume: str | None = option(None, "continue this run folder; needs nothing else (docs/resume.md)", shows="RUN")
     # data
     eval_data: list[str] = option([], "held-out preference file(s) instead of a split", group="data", shows="FILE", reads="data")
     holdout: float = option(0.1, "share of prompts held out when no --eval-data is given", group="data", low=0, high=0.9)
@@ -158,6 +160,7 @@ class Training(Judged):
     keep: int = option(2, "checkpoints kept", group="keeping", low=1)
     publish: str | None = option(None, "which weights become model/: of the lowest held-out loss, or of the last step. Default: best with --patience, else last", group="keeping", choices=("best", "last"))
     track: list[str] = option([], "also send metrics to these: tensorboard, trackio, wandb (the extra [track])", group="keeping", choices=("tensorboard", "trackio", "wandb"), shows="NAME")
+    allow_change: list[str] = option([], f"with --resume: go on although these changed since: {', '.join(CHANGES)}", group="keeping", choices=CHANGES, shows="WHAT")
     report: bool = option(True, "write report.html at the end", group="keeping")
 
 
@@ -653,6 +656,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     *(((Training,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
     ((Training,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
     ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
+    ((Training,), "allow_change", lambda o: o.resume is None, "has no effect without --resume RUN"),
     ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "adapter", lambda o: o.adapter == "continue" and o.lora > 0, "continue trains the adapter that --model is, and --lora adds another: give one of them"),
@@ -688,17 +692,18 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
 
 def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
     """The options of a verb from what was given. Raises UsageError for missing or contradicting options, before anything is read."""
+    resume = given["resume"][0] if "resume" in given else None
+    if resume is not None:
+        if given.keys() <= {"resume", "allow_change"}:
+            return cls(**_values(given))  # all else is in the run folder
+        if "output" in given:
+            raise UsageError(f"{given['output'][1]} cannot be given with --resume: the run goes on in its own folder ({resume})")
+        given = {**load_config(run_config(resume), cls), **given}
     labels = {name: label for name, (_, label) in given.items()}
     # A value from YAML that says no more than the default counts as not given: the resolved file of a run lists every option.
     defaults = {spec.name: spec.default for spec in specs(cls)}
     said = [name for name, (value, label) in given.items() if label.startswith("--") or value != defaults.get(name)]
     options = cls(**_values(given))
-    resume = options.resume if isinstance(options, Training) else None
-    if resume is not None:
-        other = next((name for name in said if name != "resume"), None)
-        if other:
-            raise UsageError(f"{labels[other]} cannot be given with --resume: a run goes on with its own options ({resume}/config.yaml)")
-        return options
     missing = [spec.flag for spec in specs(cls) if spec.required and getattr(options, spec.name) in (None, [])]
     if missing:
         raise UsageError(f"{', '.join(missing[:-1])}{' and ' * (len(missing) > 1)}{missing[-1]} must be given, for example:\n  {cls.EXAMPLE}")
@@ -709,6 +714,28 @@ def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
         loss_terms(options, labels)
     _inputs(options, labels)
     return options
+
+
+def run_config(folder: str) -> str:
+    """The configuration of a run folder. Raises UsageError where there is none."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"--resume {folder}: no config.yaml there, so this is not a run folder")
+    return str(path)
+
+
+def going_on(options: AnyOptions) -> tuple[AnyOptions, AnyOptions]:
+    """(the options of the run folder `options.resume`, those with which it is to go on).
+
+    The latter are `options` themselves where they are whole, as a command line gives them; else the run's own with every value of
+    `options` that is not a default in its place.
+    """
+    folder, cls = options.resume, type(options)  # type: ignore[attr-defined]
+    own = cls(**_values(load_config(run_config(folder), cls)))
+    if all(getattr(options, spec.name) for spec in specs(cls) if spec.required and spec.name != "output"):
+        return own, options
+    changed = {spec.name: value for spec in specs(cls) if (value := getattr(options, spec.name)) != spec.default}
+    return own, replace(own, **changed)  # type: ignore[type-var]
 
 
 def _values(given: Given) -> dict[str, Any]:

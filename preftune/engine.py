@@ -9,8 +9,11 @@ A loss or gradient that is not finite stops before the optimiser moves. Touches 
 from __future__ import annotations
 
 import math
+import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Order, Step, join, make_step
-from .errors import NumericsError, OutOfMemoryError, UsageError
+from .errors import CheckpointError, NumericsError, OutOfMemoryError, UsageError
+from .files import free_memory, size_text
 from .objectives import Columns, Objective, join_columns, total
 from .store import Store
 
@@ -34,6 +38,7 @@ class State:
         step: optimiser steps taken. tokens: tokens of forward passes so far. seconds: training time so far.
         carry: what the objective carries from step to step, by name; empty before the first.
         watch: what `watch_held_out` keeps; empty before the first evaluation.
+        normal: the latest losses that were no spikes. level: their size at the beginning, 0 until it is known. leaps: spikes in a row.
     """
 
     model: nn.Module
@@ -47,6 +52,9 @@ class State:
     seconds: float = 0.0
     carry: dict[str, float] = field(default_factory=dict)
     watch: dict[str, float] = field(default_factory=dict)
+    normal: list[float] = field(default_factory=list)
+    level: float = 0.0
+    leaps: int = 0
 
 
 def watch_held_out(state: State, loss: float, *, least: float) -> bool:
@@ -133,7 +141,7 @@ def steps(store: Store, records: np.ndarray, order: Order, *, start: int, total:
         yield Step(tuple(b.to(device) for b in step.micro), step.records, step.totals)
 
 
-def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = ()) -> Iterator[dict[str, float]]:
+def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Take every step; yield its metrics after the weights have moved.
 
     Args:
@@ -152,14 +160,14 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
             tensor.grad = None
         try:
             loss, sums, carry = accumulate(state, step, objective)
-        except torch.OutOfMemoryError as error:
-            largest = max(len(b.tokens) for b in step.micro)
-            raise OutOfMemoryError(f"step {state.step + 1}: {largest} tokens in one pass did not fit; try --micro-tokens {largest // 2} "
-                                   "or --gradient-checkpointing") from error  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory(error):
+                raise
+            raise OutOfMemoryError(f"step {state.step + 1}: {_too_large(error, step)}") from error
         norm = _norm(list(state.masters.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite, so the step was not taken. "
-                                f"Its records: {_names(step.records, where)}")  # fmt: skip
+                                f"Its records: {some([_name(r, where) for r in step.records])}")  # fmt: skip
         if state.clip and norm > state.clip:
             torch._foreach_mul_([m.grad for m in state.masters.values() if m.grad is not None], state.clip / norm)
         state.optimizer.step()
@@ -168,14 +176,82 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         tokens, seconds = sum(len(b.tokens) for b in step.micro), time.perf_counter() - began
         state.tokens += tokens
         state.seconds += seconds
+        limit = spike(state, loss)
+        leap: dict[str, Any] = {} if limit is None else {"spike_limit": limit, "spike_records": [_name(r, where) for r in step.records]}
         sums |= {f"carry/{name}": value for name, value in carry.items()}
         yield {"step": state.step, "loss": loss, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
-               "tokens_per_second": tokens / seconds, "seconds": state.seconds}  # fmt: skip
+               "tokens_per_second": tokens / seconds, "seconds": state.seconds, **leap}  # fmt: skip
 
 
-def _names(records: Sequence[int], where: Sequence[str], most: int = 8) -> str:
-    names = [where[r] if where else f"#{r}" for r in records[:most]]
-    return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
+def _name(record: int, where: Sequence[str]) -> str:
+    return where[record] if where else f"#{record}"
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first names and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# A spike is far above the latest losses by two measures, neither of which the noise of a healthy run reaches in thousands of steps (tests):
+# NOISE robust standard deviations, which heavy tails do reach, and REACH times the farthest that any of them went, which a steady loss
+# does reach. And it rises by at least RISE of what the loss was at the beginning: near zero, nothing is a catastrophe.
+WINDOW, FEWEST, NOISE, REACH, RISE, NEW_LEVEL = 64, 20, 10.0, 4.0, 1.0, 8
+
+
+def spike(state: State, loss: float) -> float | None:
+    """Note a step's loss; the limit that it leapt over, or None. After NEW_LEVEL leaps in a row the new level counts as normal."""
+    limit = math.inf
+    if len(state.normal) >= FEWEST:
+        middle = statistics.median(state.normal)
+        state.level = state.level or abs(middle)
+        noise = 1.4826 * statistics.median(abs(x - middle) for x in state.normal)
+        limit = middle + max(NOISE * noise, REACH * (max(state.normal) - middle), RISE * state.level)
+    if loss <= limit:
+        state.normal, state.leaps = [*state.normal, loss][-WINDOW:], 0
+        return None
+    state.leaps += 1
+    if state.leaps == NEW_LEVEL:
+        state.normal, state.leaps = [], 0
+    return limit
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: torch's own class is CUDA's, the processor's is a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _needed(error: BaseException) -> str:
+    """What was asked for and what there is, as far as the error and the machine tell."""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[A-Za-z]+)", str(error))
+    number = re.fullmatch(r"(\d+) ?bytes", asked[1]) if asked else None
+    amount = size_text(int(number[1])) if number else asked[1] if asked else ""
+    free = torch.cuda.mem_get_info()[0] if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available() else free_memory()
+    return f"{f'{amount} more needed' if amount else 'memory is used up'}{f', {size_text(free)} free' if free else ''}"
+
+
+def _too_large(error: BaseException, step: Step) -> str:
+    """The pass that did not fit, what it needed, and which option to lower to what. One record is never cut."""
+    sizes = [(len(b.tokens), len(b.table.record.unique())) for b in step.micro]
+    largest, records = max(sizes)
+    advice = f"--micro-tokens {largest // 2} (never changes the result) or --gradient-checkpointing"
+    if records == 1:
+        advice = f"one record is that long: --gradient-checkpointing, --max-length {largest // 2} or --lora 16"
+    return f"{largest} tokens in one pass did not fit ({_needed(error)}); {advice}"
+
+
+@contextmanager
+def fits(folder: str = "") -> Iterator[None]:
+    """Memory that runs out anywhere inside becomes an OutOfMemoryError; `folder`: the run that can be continued."""
+    again = f"; what was saved stands: --resume {folder} with the lower value and --allow-change config goes on" if folder else ""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error}{again}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        raise OutOfMemoryError(f"{_needed(error)}; lower --micro-tokens (half of it needs about half), --eval-prompts or "
+                               f"--eval-samples{again}") from error  # fmt: skip
 
 
 def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, dict[str, float], dict[str, float]]:
@@ -260,12 +336,15 @@ def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
 def state_numbers(state: State) -> dict[str, Any]:
     """The run's counters."""
     return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "carry": state.carry,
-            "watch": state.watch}  # fmt: skip
+            "watch": state.watch, "normal": state.normal, "level": state.level, "leaps": state.leaps}  # fmt: skip
 
 
 def restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's trained weights back, bit for bit. Names must match exactly (checked by the caller's fingerprints)."""
-    assert weights.keys() == state.masters.keys(), "the checkpoint holds other weights than this run trains"
+    """Put a checkpoint's trained weights back, bit for bit. Raises CheckpointError where it holds other weights than this run trains."""
+    ours, theirs = ({n: tuple(t.shape) for n, t in group.items()} for group in (state.masters, weights))
+    if ours != theirs:
+        name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+        raise CheckpointError(f"the checkpoint holds other weights than this run trains: {name} {theirs.get(name)}, now {ours.get(name)}")
     with torch.no_grad():
         for name, master in state.masters.items():
             master.copy_(weights[name])
@@ -280,5 +359,6 @@ def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, T
         plain = value.dtype == torch.int64 and not value.ndim  # see state_tensors; torch's own counters are float32
         state.optimizer.state[state.masters[name]][slot] = int(value) if plain else value.clone()
     state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])
+    state.normal, state.level, state.leaps = list(numbers["normal"]), numbers["level"], numbers["leaps"]
     state.carry = {name: float(value) for name, value in numbers["carry"].items()}
     state.watch = dict(numbers["watch"])

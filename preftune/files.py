@@ -17,6 +17,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +50,19 @@ def free_bytes(path: object) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+def free_memory() -> int:
+    """Bytes that this process can still get: what the machine has, or less where `ulimit -v` says so; 0 where nobody tells."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, StopIteration, ValueError):
+        return 0
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
+
+
 def disk_error(error: OSError, path: object, *, needed: int = 0) -> DiskError:
     """The DiskError that says what an OSError means for someone who writes `path`. `needed`: bytes, 0 where unknown."""
     if error.errno in FULL:
@@ -68,11 +83,21 @@ def disk_error(error: OSError, path: object, *, needed: int = 0) -> DiskError:
 
 @contextlib.contextmanager
 def disk(path: object, *, needed: int = 0) -> Iterator[None]:
-    """Any OSError inside becomes a DiskError about `path`."""
+    """Any OSError inside becomes a DiskError about `path`; so does one that a library wrapped in an error of its own."""
     try:
         yield
     except OSError as error:
         raise disk_error(error, path, needed=needed) from error
+    except Exception as error:
+        if (system := wrapped(error)) is None:
+            raise
+        raise disk_error(system, path, needed=needed) from error
+
+
+def wrapped(error: Exception) -> OSError | None:
+    """The system's error in that of a library written in Rust: 'I/O error: No space left on device (os error 28)'."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ import torch
 
 from . import adapters, audit, checkpoints, engine, models, reference, report, runs, selfcheck, trackers
 from .batches import Order
-from .config import Training, load_config, resolved_yaml
-from .config import build as build_options
+from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
 from .evaluate import Drawn, draw, held_out, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, write_json
@@ -82,39 +81,55 @@ def run(task: Task, options: Training) -> int:
     """Train. Raises PreftuneError with the exit code of what went wrong; nothing half-written is left behind."""
     if options.resume is not None:
         folder = Path(options.resume)
-        if not (folder / "config.yaml").is_file():
-            raise UsageError(f"--resume {folder}: no config.yaml there, so this is not a run folder")
-        with run_lock(folder):
-            return _resume(task, folder)
+        run_config(options.resume)
+        with run_lock(folder), engine.fits(options.resume):
+            return _resume(task, folder, options)
     folder = Path(str(options.output))
     require_new(folder)
-    setup = prepare(task, options)
+    with engine.fits():
+        setup = prepare(task, options)
     require_new(folder)
     with runs.publish_folder(folder, owned=False) as staging:  # a folder with a configuration is always a whole run folder
         atomic_write(staging / "config.yaml", resolved_yaml(options))
         write_json(staging / "manifest.json", setup.manifest)
-    with run_lock(folder):
+    with run_lock(folder), engine.fits(str(folder)):
         return _train(task, options, folder, setup, None)
 
 
-def _resume(task: Task, folder: Path) -> int:
+def _resume(task: Task, folder: Path, options: Training) -> int:
     before = read_json(folder / "manifest.json")
     if before["stage"] != task.verb:
         raise UsageError(
             f"--resume {folder}: this is a run of {before['stage']}; continue it with preftune {before['stage']} --resume {folder}"
         )
-    options = build_options(task.options, load_config(str(folder / "config.yaml"), task.options))
+    own, options = going_on(options)
+    changes = runs.changed_options(own, options)
     found = checkpoints.latest(folder)
-    if (folder / "results.json").is_file():
+    finished = (folder / "results.json").is_file()
+    if finished and not changes:
         say(f"{folder}: this run is finished")
         return 0
     for reason in found.skipped if found else ():
         say(f"checkpoint skipped: {reason}")
+    taken = max((row["step"] for row in runs.Log(folder / "metrics.jsonl").rows() if "loss" in row), default=0)
+    if taken and not found:
+        raise CheckpointError(f"{folder}: its metrics tell of {taken} steps, but no checkpoint is there; start a new run")
     setup = prepare(task, options, fresh=False)
-    runs.refuse_changes(folder, before["fingerprints"], setup.manifest["fingerprints"])
-    if before["hardware"]["threads"] != setup.manifest["hardware"]["threads"]:
-        raise CheckpointError(f"{folder}: the run used {before['hardware']['threads']} threads, now it would be "
-                              f"{setup.manifest['hardware']['threads']}: set 'threads' in {folder}/config.yaml")  # fmt: skip
+    changes += runs.changed_content(before, setup.manifest)
+    runs.refuse_changes(folder, changes, options.allow_change)
+    step, total = found.step if found else 0, min(options.max_steps or setup.order.steps, setup.order.steps)
+    if changes and (total < step or (finished and total == step)):
+        raise UsageError(f"--resume {folder}: {step} steps are taken and these options ask for {total}: nothing is left to train")
+    for change in changes:
+        say(f"changed after step {step}: {change}")
+    for kind in set(options.allow_change) - {c.kind for c in changes}:
+        say(f"--allow-change {kind}: nothing of it changed")
+    options = replace(options, resume=None, allow_change=[])
+    manifest = runs.with_changes(setup.manifest if changes else before, before, changes, step)
+    if manifest != {"changes": []} | before:
+        (folder / "results.json").unlink(missing_ok=True)
+        write_json(folder / "manifest.json", manifest)
+        atomic_write(folder / "config.yaml", resolved_yaml(options))
     return _train(task, options, folder, setup, found)
 
 
@@ -266,7 +281,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     manifest = {
         "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
-                         "template": fingerprint(codec.describe()), "base": base, "reference": key},
+                         "template": fingerprint(codec.describe()), "base": base, "reference": key,
+                         "reward": sha256_file(scoring.path) if scoring else "none"},
         "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
         "files": [{"name": p, "sha256": found, "weight": weight, "held_out": i >= len(options.data)}
                   for i, (p, found, weight) in enumerate(files)],
@@ -406,6 +422,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
         if not found:
             evaluate()
             save()
+        stop.check(save, task.verb, folder)
         steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=state.step if over() else total,
                              micro_tokens=options.micro_tokens, columns=setup.columns, share=packs(setup.model),
                              device=setup.device)  # fmt: skip
@@ -413,6 +430,9 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
             track(line)
+            if "spike_records" in line:
+                say(f"step {state.step}: the loss leapt to {line['loss']:.4g} (above {line['spike_limit']:.4g} is no noise); its records: "
+                    f"{engine.some(line['spike_records'])}")  # fmt: skip
             advance(state.step, total, f"loss {line['loss']:.4f}")
             lowest = (state.step % every == 0 or state.step == total) and evaluate()
             if state.step % save_every == 0 or state.step == total or lowest or over():
@@ -482,6 +502,8 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
     results = {
         "stage": task.verb, "loss": setup.objective.name, "steps": steps, "seconds": state.seconds, "tokens": state.tokens,
         "before": evaluations[0], "after": after, "paired_reward": paired,
+        "spikes": [{k: row[k] for k in ("step", "loss", "spike_limit", "spike_records")} for row in metrics.rows()
+                   if "spike_records" in row],
         "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
         "published": {"step": published, "why": "best" if publishes_best(options) else "last"},
         "stopped_early": {**state.watch, "patience": options.patience, "min_improvement": options.min_improvement} if early else None,

@@ -73,7 +73,8 @@ def fetch(model: Any, store: Store, key: str, *, micro_tokens: int, device: str 
                 return column, True
         except (ValueError, EOFError):
             pass  # a damaged cache entry is computed again; the self-check compares a fresh sample in any case
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # The grouping decides the last bits, so a pass with another one does not go on with this one's file.
     with _unfinished(path.with_name(f"{key}-{micro_tokens}.part"), len(store.tokens)) as kept:
         column = np.array(compute(model, store, micro_tokens=micro_tokens, device=device, column=kept, progress=progress))

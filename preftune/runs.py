@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .errors import CheckpointError, DiskError, Interrupted
-from .files import append_jsonl, atomic_write, free_bytes, read_jsonl
+from .errors import CheckpointError, DiskError, Interrupted, UsageError
+from .files import append_jsonl, atomic_write, disk, free_bytes, read_jsonl
 
 PACKAGES = ("preftune", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 
@@ -98,12 +98,74 @@ class Log:
         return read_jsonl(self.path) if self.path.exists() else []
 
 
-def refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises CheckpointError that lists every fingerprint which differs from the one the run started with."""
-    changed = [name for name in before if before[name] != now.get(name)]
-    if changed:
-        what = ", ".join(changed)
-        raise CheckpointError(f"{folder}: cannot resume: {what} changed since the run started; it must end like one that never stopped")
+# Options that no number depends on: they are obeyed on --resume and written down.
+FREE = ("keep", "save_every", "report", "offline", "track")
+# Options that only say where something lies or how it is found: what is there is compared instead.
+BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_reward", "threads", "device")
+# Options that no resumed run can change, and why.
+FIXED = dict.fromkeys(("lora", "lora_targets", "adapter", "freeze"), "the checkpoints hold other weights")
+FIXED |= dict.fromkeys(("seed", "holdout"), "prompts that were trained on would be held out")
+FIXED |= {"optimiser": "the checkpoints hold another optimiser's moments"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is not as it was when the run began. `kind`: what --allow-change calls it, '' where no number depends on it."""
+
+    kind: str
+    name: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.was} -> {self.now}"
+
+
+def changed_options(own: Any, now: Any) -> list[Change]:
+    """Options of a run against those with which it is to go on. Raises UsageError for one that no resumed run can change."""
+    found = []
+    for field in dataclasses.fields(own):
+        was, is_, flag = getattr(own, field.name), getattr(now, field.name), f"--{field.name.replace('_', '-')}"
+        if was == is_ or field.name in ("resume", "allow_change", "output"):
+            continue
+        if field.name in FIXED:
+            raise UsageError(f"{flag} {is_}: the run has {was} and cannot change it: {FIXED[field.name]}; start a new run")
+        found.append(Change("" if field.name in FREE + BY_CONTENT else "config", flag, was, is_))
+    return found
+
+
+def changed_content(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What the manifest of a run says against what is there now: fingerprints (their first eight digits), threads, device, versions."""
+    found = []
+    one, two = before["fingerprints"], now["fingerprints"]
+    for kind in dict.fromkeys((*one, *two)):
+        if one.get(kind) != two.get(kind):
+            names = ", ".join(f["name"] for f in now["files"] if f not in before["files"]) if kind == "data" else ""
+            found.append(Change(kind, f"{kind}{f' ({names})' if names else ''}", str(one.get(kind))[:8], str(two.get(kind))[:8]))
+    for kind in ("threads", "device"):
+        if before["hardware"][kind] != now["hardware"][kind]:
+            found.append(Change(kind, kind, before["hardware"][kind], now["hardware"][kind]))
+    versions = {**before["versions"], **now["versions"]}
+    found += [Change("versions", name, before["versions"].get(name), now["versions"].get(name)) for name in versions
+              if before["versions"].get(name) != now["versions"].get(name)]  # fmt: skip
+    return found
+
+
+def refuse_changes(folder: Path, changes: Sequence[Change], allowed: Sequence[str]) -> None:
+    """Raises CheckpointError that lists every change which is not allowed, and says how to allow them."""
+    refused = [c for c in changes if c.kind and c.kind not in allowed]
+    if refused:
+        kinds = " ".join(dict.fromkeys([*allowed, *(c.kind for c in refused)]))
+        listed = "; ".join(map(str, refused))
+        raise CheckpointError(f"{folder}: changed since the run began: {listed}\n  a resumed run ends like one that never stopped; "
+                              f"to go on with what is there now: --allow-change {kinds}")  # fmt: skip
+
+
+def with_changes(manifest: Mapping[str, Any], before: Mapping[str, Any], changes: Sequence[Change], step: int) -> dict[str, Any]:
+    """A manifest that remembers what changed after which step. One that a lost checkpoint undid happens again from where it resumes."""
+    old = [c | {"step": min(c["step"], step)} for c in before.get("changes", [])]
+    new = [{"step": step, "kind": c.kind or "no number depends on it", "name": c.name, "was": c.was, "now": c.now} for c in changes]
+    return {**manifest, "changes": [*old, *(c for c in new if c not in old)]}
 
 
 @contextmanager
@@ -114,13 +176,13 @@ def publish_folder(final: Path, *, owned: bool = True) -> Iterator[Path]:
     """
     staging = final.with_name(f".{final.name}.staging" if owned else f".{final.name}-{os.getpid()}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        yield staging
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-    except OSError as error:
-        raise DiskError(f"{final}: cannot be written: {error.strerror or error}") from error
+        with disk(final):
+            staging.mkdir(parents=True)
+            yield staging
+            if owned:
+                shutil.rmtree(final, ignore_errors=True)
+            staging.rename(final)  # onto nothing or an empty folder: what another process made there meanwhile stays
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

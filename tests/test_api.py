@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import preftune
 from preftune import api, cli
 from preftune.config import specs
-from preftune.errors import DataError, ModelError, UsageError
+from preftune.errors import CheckpointError, DataError, ModelError, UsageError
 from preftune.stages import dpo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +215,7 @@ def test_resume_through_the_api(world, tmp_path, monkeypatch):
     assert not preftune.load_run(stopped).finished
     again = preftune.sft(resume=stopped)
     assert again == api.Run(stopped) and again.finished
-    with pytest.raises(UsageError, match="cannot be given with --resume"):
+    with pytest.raises(CheckpointError, match=r"--lr 0\.01 -> 0\.5"):
         preftune.sft(resume=stopped, lr=0.5)
 
 
