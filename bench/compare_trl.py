@@ -248,7 +248,8 @@ def main() -> int:
     print(f"\n{len(CASES)} lines, {len(compared)} of our {len(LOSSES)} losses, {wrong} not as said.")
     alone = ", ".join(sorted({*LOSSES} - compared - {"kto"}))
     print(f"Not in TRL: {alone}. Its KTO pairs answers inside a micro-batch for z0, ours over the step;")
-    print("the formula behind z0 is the same and stands in tests/test_losses.py.")
+    print("the formula behind z0 is the same and stands in tests/test_losses.py. TR-DPO is `sync_ref_model` there: no other loss, only")
+    print("another reference; ours is tested against its closed form in tests/test_moving.py.")
     return 1 if wrong else 0
 
 

@@ -172,6 +172,9 @@ class Dpo(Training):
     loss: str = option("sigmoid", "a loss, or a weighted sum such as sigmoid+0.1*nll; 'preftune dpo --help-losses' lists them")
     beta: float | None = option(None, "KL weight: multiplies the log-ratio; short for --loss.beta. Default: the loss's own", low=0, open_low=True)
     loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.gamma 0.5; an argument that it does not take is an error", group="training")
+    reference_update: str = option("none", "a reference that follows the policy (TR-DPO): soft mixes the policy in, hard puts it in its place", group="training", choices=("none", "soft", "hard"))
+    reference_alpha: float = option(0.6, "share of the policy in a soft update: ref <- alpha policy + (1 - alpha) ref", group="training", low=0, high=1, open_low=True)
+    reference_every: int = option(512, "steps between updates of a moving reference", group="training", low=1)
     label_smoothing: float = option(0.0, "e: labels become (1-e) p + e (1-p) (cDPO)", group="training", low=0, high=0.5, open_high=True)
 
 
@@ -350,6 +353,7 @@ ALSO_CALLED = {
     "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
     "early_stopping_patience": "patience", "early_stopping_threshold": "min_improvement", "load_best_model_at_end": "publish",
     "optim": "optimiser", "report_to": "track", "optimizer": "optimiser", "freeze_layers": "freeze",
+    "sync_ref_model": "reference_update", "ref_model_mixup_alpha": "reference_alpha", "ref_model_sync_steps": "reference_every",
 }  # fmt: skip
 
 
@@ -580,6 +584,8 @@ def loss_terms(options: Dpo, labels: Mapping[str, str] | None = None) -> list[tu
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} has no soft form, so its labels cannot be smoothed")
         if "noise" in loss_facts()[name].arguments:
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
+    if options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
+        raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
     arguments = [loss_facts()[name].arguments for _, name in terms]
     return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
 
@@ -667,6 +673,8 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "eval_samples", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
     ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
     ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
+    ((Dpo,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
+    ((Dpo,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
     ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),
     ((DataConvert,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),

@@ -14,13 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from .batches import Order, Step, join, make_step
 from .errors import CheckpointError, NumericsError, OutOfMemoryError, UsageError
 from .files import free_memory, size_text
@@ -39,6 +40,7 @@ class State:
         carry: what the objective carries from step to step, by name; empty before the first.
         watch: what `watch_held_out` keeps; empty before the first evaluation.
         normal: the latest losses that were no spikes. level: their size at the beginning, 0 until it is known. leaps: spikes in a row.
+        moving: a reference that follows the policy, or None: the batches' reference column stands.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class State:
     normal: list[float] = field(default_factory=list)
     level: float = 0.0
     leaps: int = 0
+    moving: reference.Moving | None = None
 
 
 def watch_held_out(state: State, loss: float, *, least: float) -> bool:
@@ -159,6 +162,8 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         for tensor in (*state.weights.values(), *state.masters.values()):
             tensor.grad = None
         try:
+            if state.moving:
+                step = replace(step, micro=tuple(reference.live(state.moving, batch) for batch in step.micro))
             loss, sums, carry = accumulate(state, step, objective)
         except (RuntimeError, MemoryError) as error:
             if not is_memory(error):
@@ -173,6 +178,8 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         state.optimizer.step()
         publish(state)
         state.step, state.carry = state.step + 1, carry
+        if state.moving and state.step % state.moving.every == 0:
+            reference.follow(state.moving, state.model, state.masters)
         tokens, seconds = sum(len(b.tokens) for b in step.micro), time.perf_counter() - began
         state.tokens += tokens
         state.seconds += seconds
@@ -324,13 +331,14 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
-    """The run's tensors by file: the trained weights (masters) and the optimiser's moments."""
+    """The run's tensors by file: the trained weights (masters), the optimiser's moments, and the weights of a reference that moves."""
     moments: dict[str, Tensor] = {}
     for name, master in state.masters.items():
         for key, value in state.optimizer.state.get(master, {}).items():
             # bitsandbytes counts in plain ints and shares its tables between weights; a file holds tensors, each its own.
             moments[f"{name}|{key}"] = value.clone() if key.startswith("qmap") else torch.as_tensor(value)
-    return {"weights": {n: m.detach() for n, m in state.masters.items()}, "optimizer": moments}
+    anchor = {"reference": dict(state.moving.masters)} if state.moving else {}
+    return {"weights": {n: m.detach() for n, m in state.masters.items()}, "optimizer": moments} | anchor
 
 
 def state_numbers(state: State) -> dict[str, Any]:
@@ -351,9 +359,16 @@ def restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
     publish(state)
 
 
-def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Put a checkpoint back, bit for bit: weights, moments, counters."""
+def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], numbers: Mapping[str, Any],
+            anchor: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
+    """Put a checkpoint back, bit for bit: weights, moments, counters, and the weights of a reference that moves."""
     restore_weights(state, weights)
+    if state.moving:
+        assert anchor is not None and anchor.keys() == state.moving.masters.keys(), "the checkpoint holds another reference"
+        with torch.no_grad():
+            for name, master in state.moving.masters.items():
+                master.copy_(anchor[name])
+        reference.publish(state.moving)
     for key, value in moments.items():
         name, _, slot = key.rpartition("|")
         plain = value.dtype == torch.int64 and not value.ndim  # see state_tensors; torch's own counters are float32

@@ -23,7 +23,7 @@ from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
 from .evaluate import Drawn, draw, held_out, paired_difference, summary
-from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, write_json
+from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, size_text, write_json
 from .formats import identity, read
 from .objectives import Objective
 from .readout import packs
@@ -42,6 +42,7 @@ class Task:
         verb: its name. options: its options class. objective: options -> what to minimise.
         select: (records, options) -> the records as they are trained on; raises DataError where there is nothing to learn from.
         then: run folder -> the command that a person would want next.
+        moving: options -> (alpha, every) of a reference that follows the policy, or None.
     """
 
     verb: str
@@ -49,6 +50,7 @@ class Task:
     objective: Callable[[Any], Objective]
     select: Callable[[list[Record], Any], list[Record]]
     then: Callable[[Path], str]
+    moving: Callable[[Any], tuple[float, int] | None] = lambda options: None
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,11 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
     say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
     order = Order(len(train), options.batch_size, options.epochs, options.seed)
+    total = min(options.max_steps or order.steps, order.steps)
+    if (follows := task.moving(options)) and follows[1] > total:
+        raise UsageError(f"--reference-every {follows[1]}: the run has {total} steps, so its reference would never move")
     if (options.max_steps or order.steps) < 50 and fresh:
-        say(
-            f"only {min(options.max_steps or order.steps, order.steps)} steps: more epochs or a smaller --batch-size would train further"
-        )
+        say(f"only {total} steps: more epochs or a smaller --batch-size would train further")
     facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(intake.dropped),
               "encoding": dict(intake.cases), "refused": [str(e) for e in intake.refused[:100]]}  # fmt: skip
     files = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
@@ -382,17 +385,27 @@ def _sample_rows(setup: Setup, drawn: Drawn, step: int) -> list[dict[str, Any]]:
     return out
 
 
+def _checkpoint_bytes(state: engine.State) -> int:
+    """Weights and two moments of each, and the weights of a reference that moves, in fp32."""
+    anchor = state.moving.masters if state.moving else {}
+    return 12 * sum(m.numel() for m in state.masters.values()) + 4 * sum(m.numel() for m in anchor.values())
+
+
 def _train(task: Task, options: Training, folder: Path, setup: Setup, found: checkpoints.Checkpoint | None) -> int:
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
     state = engine.make_state(setup.model, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
                               betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser)  # fmt: skip
+    if follows := task.moving(options):
+        state.moving = reference.moving(setup.model, state.masters, alpha=follows[0], every=follows[1])
+        say(f"the reference moves every {follows[1]} steps: a second forward pass a step, {size_text(state.moving.nbytes)} more memory")
     metrics, samples = runs.Log(folder / "metrics.jsonl"), runs.Log(folder / "samples.jsonl")
     runs.require_space(
-        folder, (options.keep + 2) * 12 * sum(m.numel() for m in state.masters.values()), "a run with its checkpoints"
+        folder, (options.keep + 2) * _checkpoint_bytes(state), "a run with its checkpoints"
     )
     if found:
-        engine.restore(state, found.tensors("weights"), found.tensors("optimizer"), found.state)
+        engine.restore(state, found.tensors("weights"), found.tensors("optimizer"), found.state,
+                       found.tensors("reference") if state.moving else None)  # fmt: skip
         say(f"resumed after step {state.step}")
     metrics.cut(found.state["metrics_lines"] if found else 0)
     samples.cut(found.state["samples_lines"] if found else 0)

@@ -1,4 +1,5 @@
-"""The reference as data: per-token log-probs of the frozen model, computed once, kept under a fingerprint, reused by every run.
+"""The reference as data: per-token log-probs of the frozen model, computed once, kept under a fingerprint, reused by every run. And the
+reference that moves (TR-DPO): a second model whose log-probs are computed with every step.
 
 The column is a float32 array parallel to the store's tokens. Its fingerprint covers final ids and masks, weights, and number format;
 not beta, loss, seed, batch size or output folder. Touches readout and files; the model comes from the caller.
@@ -6,16 +7,18 @@ not beta, loss, seed, batch size or output folder. Touches readout and files; th
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .batches import make_batch, split
+from .batches import Batch, make_batch, split
 from .files import disk, fingerprint, owned, publish_file
 from .readout import hidden_states, packs, token_logps
 from .store import Store
@@ -101,3 +104,83 @@ def _unfinished(path: Path, size: int) -> Iterator[np.ndarray | None]:
 def _write(path: Path, column: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, column, allow_pickle=False)
+
+
+# ---------------------------------------------------------------- a reference that moves
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A reference that follows the policy: ref <- alpha pi + (1 - alpha) ref, weight by weight, every `every` steps.  arXiv:2404.09656.
+
+    Args:
+        model: the reference as it stands. masters: those of its weights that move, in fp32 (or wider) by name, as `acting` names them.
+        alpha: 1 replaces it (the paper's hard update). every: optimiser steps between updates.
+    """
+
+    model: Any
+    masters: dict[str, torch.Tensor]
+    alpha: float
+    every: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory beyond the policy's: the weights that move, and their wide copies where the forward pass uses a short format."""
+        own = dict(self.model.named_parameters())
+        return sum(t.nbytes for t in {id(t): t for name, m in self.masters.items() for t in (m, own[name])}.values())
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
+
+
+def acting(model: Any, masters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of everything that training moves, as it acts: `masters` of a full model; under LoRA W + its delta, one by one."""
+    if not hasattr(model, "get_base_model"):
+        yield from ((name, master.detach()) for name, master in masters.items())
+        return
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "get_delta_weight"):
+            parts = [_wide(module.get_delta_weight(adapter)) for adapter in module.active_adapters]
+            yield f"{name}.weight", torch.stack([_wide(module.base_layer.weight), *parts]).sum(0)
+
+
+def moving(model: Any, masters: Mapping[str, torch.Tensor], *, alpha: float, every: int) -> Moving:
+    """A reference that stands where the policy stands now. What does not train is shared with the policy, not copied."""
+    moves = {id(p) for p in model.parameters() if p.requires_grad}
+    frozen = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in moves})
+    with torch.no_grad():
+        if hasattr(frozen, "get_base_model"):  # a plain model with layers of its own where the policy has LoRA
+            frozen = frozen.unload()
+            for name, weight in acting(model, masters):
+                place, _, leaf = name.rpartition(".")
+                module = frozen.get_submodule(place)
+                setattr(module, leaf, torch.nn.Parameter(weight.to(getattr(module, leaf).dtype, copy=True), requires_grad=False))
+        own = dict(frozen.named_parameters())
+        names = [name for name, _ in acting(model, masters)]
+        wide = {name: own[name].requires_grad_(False) if _wide(own[name]).dtype == own[name].dtype else _wide(own[name]) for name in names}
+    return Moving(frozen.eval(), wide, alpha, every)
+
+
+def publish(moved: Moving) -> None:
+    """Copy the masters into the weights that the forward pass uses."""
+    own = dict(moved.model.named_parameters())
+    with torch.no_grad():
+        for name, master in moved.masters.items():
+            if own[name] is not master:
+                own[name].copy_(master)
+
+
+def follow(moved: Moving, model: Any, masters: Mapping[str, torch.Tensor]) -> None:
+    """One update of a moving reference."""
+    with torch.no_grad():
+        for name, weight in acting(model, masters):
+            moved.masters[name].copy_(moved.alpha * weight + (1 - moved.alpha) * moved.masters[name])
+    publish(moved)
+
+
+def live(moved: Moving, batch: Batch) -> Batch:
+    """The batch with the column of the reference as it stands: (N,) float32, without gradient."""
+    with torch.no_grad():
+        column = token_logps(moved.model, hidden_states(moved.model, batch), batch).float()
+    return replace(batch, columns={**batch.columns, "reference": column})

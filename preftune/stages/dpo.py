@@ -26,4 +26,10 @@ def select(records: list[Record], options: Dpo) -> list[Record]:
     return records
 
 
-TASK = pipeline.Task("dpo", Dpo, objective, select, lambda folder: f"preftune chat {folder}")
+def moving(options: Dpo) -> tuple[float, int] | None:
+    """TR-DPO: share of the policy in each update of the reference, and the steps between updates; None where it stands still."""
+    alpha = {"none": None, "soft": options.reference_alpha, "hard": 1.0}[options.reference_update]
+    return None if alpha is None else (alpha, options.reference_every)
+
+
+TASK = pipeline.Task("dpo", Dpo, objective, select, lambda folder: f"preftune chat {folder}", moving)
