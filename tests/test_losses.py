@@ -714,13 +714,13 @@ def test_beta_dpo_floor_and_rest():
 
 
 def test_beta_dpo_draws_by_the_paper_s_chances():
-    """Two pairs, one of them drawn: the first with probability w1/(w1 + w2), w = exp(-z^2/2); 4,000 steps, five standard errors.
+    """Two pairs, one of them drawn: the first with probability w1/(w1 + w2), w = exp(-z^2/2); 600 steps, five standard errors.
 
     Kept are exactly .5 of the votes, and the step's mean over pairs is the mean over those that were kept.
     """
     one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     chosen, rejected, hits = Side(f64(1.0, 3.0), zero, one), Side(zero, zero, one), 0
-    for step in range(4000):
+    for step in range(600):
         carry = {"mean": 0.0, "spread": 2.0, "steps": float(step)}
         values = batchwise.beta_dpo(chosen, rejected, one, carry, momentum=1.0, keep=0.5)  # M0 stays 0, its spread 2
         assert (values == 0).sum() == 1
@@ -731,7 +731,7 @@ def test_beta_dpo_draws_by_the_paper_s_chances():
         assert torch.equal(values, batchwise.beta_dpo(chosen, rejected, one, carry, momentum=1.0, keep=0.5)), "a step draws once"
     w1, w2 = exp(-(0.5**2) / 2), exp(-(1.5**2) / 2)
     p = w1 / (w1 + w2)
-    assert abs(hits / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+    assert abs(hits / 600 - p) < 5 * math.sqrt(p * (1 - p) / 600)
 
 
 def test_beta_dpo_cuts_the_last_pair_drawn():
