@@ -1,4 +1,5 @@
-"""One million synthetic preference records: read, audited, tokenised into a mapped store and started on, within bounded memory.
+"""One million synthetic preference records: read, audited, tokenised into a mapped store and started on, within bounded memory. The second
+stage is a run's own preparation (`pipeline.prepare` with a loss that needs no reference column) and its first optimiser step.
 
     python bench/million.py [RECORDS]
 
@@ -20,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 BASE = 1000
-STAGES = ("check", "store and first step")
+STAGES = ("check", "prepare and first step")
 
 
 def write(path: Path, count: int) -> None:
@@ -39,30 +40,31 @@ def run(stage: str, path: Path, folder: Path) -> dict[str, float]:
     from preftune import audit, formats
 
     facts: dict[str, float] = {}
-    records = formats.stream([path], formats.Tally())
     if stage == "check":
-        found = audit.inspect(records)
+        found = audit.inspect(formats.stream([path], formats.Tally()))
         facts = {"records": found.records, "pairs": found.pairs, "equal": len(found.equal)}
     else:
         import make
-        import torch
 
-        from preftune.batches import Order, make_step
-        from preftune.models import prepare
-        from preftune.readout import hidden_states, response_sums, token_logps
-        from preftune.store import build
-        from preftune.tokens import make_codec
+        from preftune import engine, pipeline
+        from preftune.config import Dpo
+        from preftune.readout import packs
+        from preftune.stages import dpo
 
-        torch.set_num_threads(1)
-        store, intake = build(records, make_codec(make.tokenizer()), max_length=512, folder=folder)
-        model = prepare(make.model(max_position_embeddings=512))
-        step = make_step(store, Order(len(store), 8, 1, 0).records_of(0), micro_tokens=4096)
-        batch = step.micro[0]
-        sums = response_sums(token_logps(model, hidden_states(model, batch), batch), batch)
-        loss = -torch.nn.functional.logsigmoid(0.1 * (sums[batch.table.pair[:, 0]] - sums[batch.table.pair[:, 1]])).mean()
-        loss.backward()
-        facts = {"records": len(intake.kept), "tokens": len(store.tokens), "bytes_on_disk": sum(f.stat().st_size for f in folder.iterdir()),
-                 "loss": float(loss.detach())}  # fmt: skip
+        os.environ["PREFTUNE_CACHE"] = str(folder / "cache")
+        make.write_model(folder / "model", max_position_embeddings=512)
+        options = Dpo(model=str(folder / "model"), data=[str(path)], output=str(folder / "run"), loss="simpo", batch_size=8, threads=1,
+                      holdout=0.001, eval_prompts=8)  # fmt: skip
+        setup = pipeline.prepare(dpo.TASK, options)
+        ready = time.perf_counter() - begin
+        state = engine.make_state(setup.model, rate=lambda step: setup.lr, clip=1.0)
+        steps = engine.steps(setup.store, setup.train, setup.order, start=0, total=1, micro_tokens=4096, columns=setup.columns,
+                             share=packs(setup.model), device="cpu")  # fmt: skip
+        line = next(engine.train(state, steps, setup.objective, where=setup.store.where))
+        counts = setup.manifest["records"]
+        facts = {"records": counts["read"], "kept": counts["kept"], "train": counts["train"], "held_out": counts["held_out"],
+                 "tokens": len(setup.store.tokens), "ready_after": ready, "loss": line["loss"], "grad_norm": line["grad_norm"],
+                 "bytes_on_disk": sum(x.nbytes for x in vars(setup.store).values() if hasattr(x, "nbytes"))}  # fmt: skip
     anonymous = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return facts | {"seconds": time.perf_counter() - begin, "peak_mb": peak / 1024, "own_mb_at_end": anonymous / 1024}

@@ -82,11 +82,6 @@ def characters(text: Text) -> int:
     return sum(len(" ".join(part.split())) for part in said)
 
 
-def is_equal(record: Record) -> bool:
-    """Whether some judged pair of this record has two equal sides."""
-    return any(plain(record.responses[p.chosen].text) == plain(record.responses[p.rejected].text) for p in pairs(record))
-
-
 def _hash(text: str) -> int:
     """64 bits: among a million texts two fall together by chance once in thirty million files."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
@@ -216,6 +211,11 @@ class Ledger:
             self.sizes[0] / max(1, count), self.sizes[1] / max(1, count), dict(self.judges.most_common()), self.labels, self.unjudged,
             self.scored, self.ends[False] / max(1, self.ends.total()))  # fmt: skip
 
+    def shared_after(self, first: int) -> tuple[str, ...]:
+        """Where records from number `first` on stand whose prompt one before it has too."""
+        prompts = _uint64(self.prompt)
+        return self._where(first + np.flatnonzero(np.isin(prompts[first:], prompts[:first])))
+
     def leaks(self, train: Ledger) -> tuple[str, ...]:
         """Where records of this ledger stand whose prompt the other has too."""
         return self._where(np.flatnonzero(np.isin(_uint64(self.prompt), _uint64(train.prompt))))
@@ -233,31 +233,14 @@ def inspect(records: Iterable[Record]) -> Audit:
     return ledger.close()
 
 
-def leaks(train: Iterable[Record], held_out: Iterable[Record]) -> list[str]:
-    """'file:line' of held-out records whose prompt stands in the training records too."""
-    known = {prompt_key(r) for r in train}
-    return [r.where for r in held_out if prompt_key(r) in known]
-
-
-def sample_lines(where: Sequence[str], most: int = 3) -> str:
-    """'a:1, a:7, a:9 and 4 more'."""
-    more = f" and {len(where) - most} more" if len(where) > most else ""
+def sample_lines(where: Sequence[str], most: int = 3, *, total: int | None = None) -> str:
+    """'a:1, a:7, a:9 and 4 more'. `total`: how many there are, where only the first are given."""
+    count = len(where) if total is None else total
+    more = f" and {count - most} more" if count > most else ""
     return ", ".join(where[:most]) + more
-
-
-def unfinished_share(records: Iterable[Record]) -> float:
-    """Share of responses that do not say whether they are finished and do not end like a sentence: a hint that they were cut."""
-    kinds = Counter(_ends(r.text) for record in records for r in record.responses if r.finished is None and isinstance(r.text, str))
-    return kinds[False] / max(1, sum(kinds.values()))
 
 
 def _ends(text: str) -> bool:
     return text.rstrip().endswith(
         (".", "!", "?", "…", "。", "！", "？", '"', "'", "”", "’", ")", "]", "}", "`", ":", ";", ">", "*", "|")
     )
-
-
-def without_equal(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """The records without those that hold an equal pair, and where those stood. Other judgements of such a record go with it."""
-    kept = [r for r in records if not is_equal(r)]
-    return kept, [r.where for r in records if is_equal(r)]

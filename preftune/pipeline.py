@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import adapters, audit, checkpoints, engine, models, reference, report, runs, selfcheck, trackers
+from . import adapters, checkpoints, engine, intake, models, reference, report, runs, selfcheck, trackers
 from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
 from .evaluate import Drawn, draw, held_out, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, size_text, write_json
-from .formats import identity, read
+from .formats import identity
 from .objectives import Objective
 from .readout import packs
-from .records import Record, Text, merge, prompt_key
+from .records import Record, Text
 from .rewards import rule
 from .screen import bar, clean, say
-from .store import Store, build, unfit
+from .store import Store
 from .tokens import Codec, make_codec
 
 
@@ -40,17 +39,19 @@ class Task:
 
     Args:
         verb: its name. options: its options class. objective: options -> what to minimise.
-        select: (records, options) -> the records as they are trained on; raises DataError where there is nothing to learn from.
+        select: (record, options) -> the record as it is trained on, or None where there is nothing to learn from it.
         then: run folder -> the command that a person would want next.
         moving: options -> (alpha, every) of a reference that follows the policy, or None.
+        refuse: (what was seen of a set of files, options): raises DataError where they are not what this verb reads.
     """
 
     verb: str
     options: type[Training]
     objective: Callable[[Any], Objective]
-    select: Callable[[list[Record], Any], list[Record]]
+    select: Callable[[Record, Any], Record | None]
     then: Callable[[Path], str]
     moving: Callable[[Any], tuple[float, int] | None] = lambda options: None
+    refuse: Callable[[intake.Seen, Any], None] = lambda seen, options: None
 
 
 @dataclass(frozen=True)
@@ -138,96 +139,6 @@ def _resume(task: Task, folder: Path, options: Training) -> int:
 # ---------------------------------------------------------------- preparing
 
 
-def read_records(task: Task, options: Training) -> tuple[list[Record], int, dict[str, Any]]:
-    """Records to train on followed by those held out, how many are the former (-1: split later), and the counts."""
-    reading = read(options.data, format=options.format, skip_bad=options.skip_bad, max_records=options.max_records,
-                   from_scores=options.from_scores)  # fmt: skip
-    facts: dict[str, Any] = {"read": len(reading.records), "layout": reading.layout, "unreadable": len(reading.skipped)}
-    records = task.select(list(reading.records), options)
-    facts["nothing_to_learn"] = len(reading.records) - len(records)
-    facts["unreadable_by_reason"] = {
-        k.removeprefix("skipped: "): n for k, n in reading.counts.items() if k.startswith("skipped: ")
-    }
-    facts["shown"] = [str(e) for e in reading.skipped[:100]]
-    if reading.skipped:
-        say(f"left out {len(reading.skipped)} unusable rows, the first: {clean(str(reading.skipped[0]))}")
-    first = -1
-    if options.eval_data:
-        held_out = read(options.eval_data, format=options.format, skip_bad=options.skip_bad, from_scores=options.from_scores)
-        held = task.select(list(held_out.records), options)
-        shared = audit.leaks(records, held)
-        if shared and "leak" not in options.allow:
-            lines = audit.sample_lines(shared)
-            raise DataError(
-                f"{len(shared)} held-out prompts stand in the training data too ({lines}); remove them, or --allow leak"
-            )
-        first, facts["leaks"] = len(records), len(shared)
-        records += held
-    found = audit.inspect(records)
-    facts["audit"] = found.numbers()
-    if found.equal and "equal" not in options.allow:
-        if len(found.equal) > audit.EQUAL_SHARE * max(1, found.pairs) and not options.skip_bad:
-            lines = audit.sample_lines(found.equal)
-            raise DataError(f"{len(found.equal)} of {found.pairs} pairs have two equal sides ({lines}); mend the file, "
-                            "or --skip-bad leaves them out, --allow equal trains on them")  # fmt: skip
-        first = first if first < 0 else first - sum(map(audit.is_equal, records[:first]))
-        records, gone = audit.without_equal(records)
-        facts["equal_left_out"] = len(gone)
-        say(f"left out {len(gone)} records whose two sides are equal: {audit.sample_lines(gone)}")
-    if found.contradicting and "contradicting" not in options.allow:
-        say(f"{len(found.contradicting)} records contradict an earlier one: {audit.sample_lines(found.contradicting)}")
-    share = audit.unfinished_share(records)
-    if options.finish == "auto" and share > 0.5:
-        say(f"{share:.0%} of the responses do not end like a sentence; if they were cut, say --finish never")
-    return records, first, facts
-
-
-def split_by_prompt(records: list[Record], holdout: float, seed: int) -> np.ndarray:
-    """True for records held out: a seeded share of the distinct prompts, at least one where `holdout` is above 0."""
-    keys = list(dict.fromkeys(prompt_key(r) for r in records))
-    count = min(len(keys) - 1, max(1, round(holdout * len(keys)))) if holdout else 0
-    chosen = {keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:count]}
-    return np.array([prompt_key(r) in chosen for r in records], dtype=bool)
-
-
-def merge_prompts(records: list[Record], first: int, codec: Codec, max_length: int | None) -> tuple[list[Record], int, int]:
-    """Judged records that share a prompt as one record, on either side of the split; how many the training ones are; how many went.
-
-    One that could not be used by itself stays by itself, so that its fault takes no other judgement with it.
-    """
-    count = Counter(prompt_key(r) for r in records if r.judgements or r.labels is not None)
-    shared = [i for i, r in enumerate(records) if count[prompt_key(r)] > 1]
-    bad = unfit((records[i] for i in shared), codec, max_length=max_length)
-    alone = {i for i, out in zip(shared, bad, strict=True) if out or not (records[i].judgements or records[i].labels is not None)}
-    size = len(records) if first < 0 else first
-    train, held = merge(records[:size], apart=alone), merge(records[size:], apart={i - size for i in alone})
-    gone = len(records) - len(train) - len(held)
-    if gone:
-        say(f"merged {gone} records into an earlier one with their prompt: {len(train) + len(held)} left")
-    return train + held, -1 if first < 0 else len(train), gone
-
-
-def encode_records(records: list[Record], codec: Codec, options: Training, model: Any, *, mismatched: bool) -> tuple[Store, Any]:
-    """The store, or DataError where too much had to be left out."""
-    window = models.window_of(model.config)
-    if options.max_length and window and options.max_length > window:
-        raise UsageError(f"--max-length {options.max_length}: the model has {window} positions")
-    store, intake = build(records, codec, max_length=options.max_length or window, mismatched=mismatched)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in intake.dropped.most_common())
-    if not len(store):
-        need = f"; the shortest record needs {min(intake.lengths)} tokens" if intake.lengths else ""
-        raise DataError(f"no record can be used: {reasons}{need}; first: {intake.refused[0]}")
-    unencodable = {k: v for k, v in intake.dropped.items() if not k.endswith("too long")}
-    if unencodable and not options.skip_bad:
-        first = next(e for e in intake.refused if "too long" not in e.reason)
-        raise DataError(
-            f"{sum(unencodable.values())} records cannot be encoded; first: {first} (--skip-bad leaves them out and counts them)"
-        )
-    if reasons:
-        say(f"left out {sum(intake.dropped.values())} of {intake.read} records: {reasons}")
-    return store, intake
-
-
 def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     """Read, audit, encode, split, load, build the reference column and check everything; writes nothing but the column's cache."""
     torch.manual_seed(options.seed)
@@ -236,7 +147,9 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     trackers.require(options.track, offline=options.offline)
     scoring = rule(options.eval_reward) if options.eval_reward else None
     device = models.pick_device(options.device)
-    records, first, facts = read_records(task, options)
+    work = reference.cache_folder().with_name("work")
+    taken = intake.read_records(task, options, work)
+    facts = taken.facts
     say(f"read {facts['read']} records ({facts['layout']})")
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     size = models.parameters_of(model)
@@ -247,10 +160,13 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         say(f"one row per response: {refusal}")
     codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
                        control_tokens=options.control_tokens)  # fmt: skip
-    records, first, facts["merged"] = merge_prompts(records, first, codec, options.max_length or models.window_of(model.config))
-    store, intake = encode_records(records, codec, options, model, mismatched=objective.mismatched)
-    kept = [records[i] for i in intake.kept]
-    held = split_by_prompt(kept, options.holdout, options.seed) if first < 0 else np.array([i >= first for i in intake.kept])
+    window = models.window_of(model.config)
+    plan = intake.merge_prompts(taken, codec, options.max_length or window)
+    facts["merged"] = len(taken.shelf) - len(plan.stands)
+    store, found_in = intake.encode_records(taken, plan, codec, options, window=window, mismatched=objective.mismatched, folder=work)
+    chosen = np.array(found_in.kept)
+    kept = plan.stands[chosen]  # the shelf's record of each of the store's
+    held = intake.split_by_prompt(taken.prompt[kept], options.holdout, options.seed) if plan.first < 0 else chosen >= plan.first
     train = np.flatnonzero(~held & _judged(store, objective))
     if not len(train):
         hint = "; --from-scores best-worst (or all) makes judgements of their scores" if facts["audit"]["scored"] else ""
@@ -275,9 +191,10 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         raise UsageError(f"--reference-every {follows[1]}: the run has {total} steps, so its reference would never move")
     if (options.max_steps or order.steps) < 50 and fresh:
         say(f"only {total} steps: more epochs or a smaller --batch-size would train further")
-    facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(intake.dropped),
-              "encoding": dict(intake.cases), "refused": [str(e) for e in intake.refused[:100]]}  # fmt: skip
+    facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(found_in.dropped),
+              "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}  # fmt: skip
     files = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
+    intake.unchanged(taken, (*options.data, *options.eval_data))
     data = fingerprint([found for _, *found in files], options.from_scores)
     if scoring:
         facts["eval_reward"] = {"rule": scoring.name, "sha256": sha256_file(scoring.path)}
@@ -293,7 +210,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "audit": facts["audit"], "self_check": found, "parameters": size, "trained": trained, "learning_rate": lr,
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
     }  # fmt: skip
-    prompts = prompts_to_sample(kept, store, held, options, models.window_of(model.config))
+    prompts = intake.prompts_to_sample(taken, kept, store, held, options, window)
     return Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
                  manifest)  # fmt: skip
 
@@ -326,18 +243,6 @@ def _given(options: Training) -> Path | None:
     """The adapter folder that --model is, if it is one."""
     where = Path(models.resolve(str(options.model), offline=options.offline))
     return where if models.is_adapter(where) else None
-
-
-def prompts_to_sample(records: list[Record], store: Store, held: np.ndarray, options: Training, window: int | None) -> list[Text]:
-    """The first distinct held-out prompts after which a sample of full length still has positions."""
-    size = np.diff(store.start)[store.record_start[:-1]]
-    fits = held & (size + options.sample_tokens <= window) if window else held
-    prompts = list({prompt_key(records[i]): records[i].prompt for i in np.flatnonzero(fits)}.values())
-    if options.eval_prompts and fits.sum() < held.sum():
-        say(
-            f"{held.sum() - fits.sum()} held-out prompts leave no room for --sample-tokens {options.sample_tokens} and are not sampled from"
-        )
-    return prompts[: options.eval_prompts]
 
 
 def _judged(store: Store, objective: Objective) -> np.ndarray:

@@ -23,6 +23,8 @@ from .files import disk, fingerprint, owned, publish_file
 from .readout import hidden_states, packs, token_logps
 from .store import Store
 
+CHUNK, FINITE = 4096, 1 << 20  # records and tokens that are looked at in one go
+
 
 def cache_folder() -> Path:
     """Where columns are kept: $PREFTUNE_CACHE, else the user's cache folder."""
@@ -47,15 +49,15 @@ def compute(model: Any, store: Store, *, micro_tokens: int, device: str = "cpu",
     """
     column = np.full(len(store.tokens), np.nan, np.float32) if column is None else column
     share, done = packs(model), 0
-    with torch.inference_mode():
-        for group in split(store, range(len(store)), micro_tokens, share=share):
+    for first in range(0, len(store), CHUNK):
+        for group in split(store, range(first, min(first + CHUNK, len(store))), micro_tokens, share=share):
             mine = slice(store.start[store.record_start[group[0]]], store.start[store.record_start[group[-1] + 1]])
             if np.isnan(column[mine]).any():
                 batch = make_batch(store, group, share=share).to(device)
                 found = np.zeros(mine.stop - mine.start, np.float32)
-                found[batch.slot.cpu().numpy() - mine.start] = (
-                    token_logps(model, hidden_states(model, batch), batch).float().cpu().numpy()
-                )
+                with torch.inference_mode():
+                    logps = token_logps(model, hidden_states(model, batch), batch).float().cpu().numpy()
+                found[batch.slot.cpu().numpy() - mine.start] = logps
                 column[mine] = found
             done += len(group)
             progress(done, len(store))
@@ -64,15 +66,15 @@ def compute(model: Any, store: Store, *, micro_tokens: int, device: str = "cpu",
 
 def fetch(model: Any, store: Store, key: str, *, micro_tokens: int, device: str = "cpu",
           progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[np.ndarray, bool]:  # fmt: skip
-    """The column from the cache, or computed and put there. Returns (column, whether it was reused).
+    """The column from the cache, or computed and put there; mapped from the disk. Returns (column, whether it was reused).
 
     What is computed goes to a file as it comes, so that a pass that was stopped goes on where it was, with the same numbers.
     """
     path = cache_folder() / f"{key}.npy"
     if path.is_file():
         try:
-            column = np.load(path, allow_pickle=False)
-            if column.shape == store.tokens.shape and column.dtype == np.float32 and np.isfinite(column).all():
+            column = _mapped(path)
+            if column.shape == store.tokens.shape and column.dtype == np.float32 and _finite(column):
                 return column, True
         except (ValueError, EOFError):
             pass  # a damaged cache entry is computed again; the self-check compares a fresh sample in any case
@@ -80,9 +82,9 @@ def fetch(model: Any, store: Store, key: str, *, micro_tokens: int, device: str 
         path.parent.mkdir(parents=True, exist_ok=True)
     # The grouping decides the last bits, so a pass with another one does not go on with this one's file.
     with _unfinished(path.with_name(f"{key}-{micro_tokens}.part"), len(store.tokens)) as kept:
-        column = np.array(compute(model, store, micro_tokens=micro_tokens, device=device, column=kept, progress=progress))
+        column = compute(model, store, micro_tokens=micro_tokens, device=device, column=kept, progress=progress)
         publish_file(path, lambda temporary: _write(temporary, column), needed=column.nbytes)
-    return column, False
+    return _mapped(path), False
 
 
 @contextmanager
@@ -95,7 +97,8 @@ def _unfinished(path: Path, size: int) -> Iterator[np.ndarray | None]:
             return
         if file.seek(0, os.SEEK_END) != 4 * size:
             file.truncate(0)
-            np.full(size, np.nan, np.float32).tofile(file)
+            for first in range(0, size, FINITE):
+                np.full(min(FINITE, size - first), np.nan, np.float32).tofile(file)
             file.flush()
         yield np.memmap(path, np.float32, "r+", shape=(size,))
         path.unlink(missing_ok=True)
@@ -104,6 +107,14 @@ def _unfinished(path: Path, size: int) -> Iterator[np.ndarray | None]:
 def _write(path: Path, column: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, column, allow_pickle=False)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def _finite(column: np.ndarray) -> bool:
+    return all(np.isfinite(column[i : i + FINITE]).all() for i in range(0, len(column), FINITE))
 
 
 # ---------------------------------------------------------------- a reference that moves

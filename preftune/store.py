@@ -13,7 +13,9 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -109,61 +111,56 @@ def too_long(record: Record, encoded: Encoded, max_length: int | None) -> str | 
 
 CODES = {"i": np.int32, "q": np.int64, "d": np.float64, "b": np.bool_}  # array's type codes
 FLUSH = 1 << 16  # values that a column on the disk keeps in memory
-HEADER = 128  # bytes of an .npy header; its length is written when the count is known
 
 
 class _Column:
-    """A growing array: in memory, or an .npy file of `folder` of which a few thousand values are in memory."""
+    """A growing array: in memory, or with a folder a file without a name there as soon as there are FLUSH values: a kill leaves nothing."""
 
-    def __init__(self, code: str, name: str, folder: Path | None) -> None:
-        self.values, self.written = array(code), 0
-        self.path = folder / f"{name}.npy" if folder else None
-        self.file = open(self.path, "wb") if self.path else None  # noqa: SIM115 - `freeze` closes it
-        if self.file:
-            self.file.write(bytes(HEADER))
+    def __init__(self, code: str, folder: Path | None) -> None:
+        self.values, self.written, self.folder = array(code), 0, folder
+        self.file: Any = None
 
     def __len__(self) -> int:
         return self.written + len(self.values)
 
     def extend(self, values: Iterable[Any]) -> None:
         self.values.extend(values)
-        if self.file and len(self.values) >= FLUSH:
+        if self.folder and len(self.values) >= FLUSH:
             self._flush()
 
     def _flush(self) -> None:
-        assert self.file is not None
-        with disk(self.path, needed=len(self.values) * self.values.itemsize):
+        assert self.folder is not None
+        with disk(self.folder, needed=len(self.values) * self.values.itemsize):
+            if self.file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file = TemporaryFile(dir=self.folder)  # noqa: SIM115 - `freeze` closes it
             self.values.tofile(self.file)
         self.written += len(self.values)
         del self.values[:]
 
     def freeze(self) -> np.ndarray:
-        """The array; one on the disk is mapped, so that its name may be deleted at once."""
+        """The array, of memory or mapped; it cannot be written."""
         kind = np.dtype(CODES[self.values.typecode])
         if self.file is None:
             return np.frombuffer(self.values, kind)
         self._flush()
-        text = str({"descr": kind.str, "fortran_order": False, "shape": (self.written,)}).encode()
-        head = b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little")
-        with disk(self.path):
-            self.file.seek(0)
-            self.file.write(head + text.ljust(HEADER - 11) + b"\n")
-            self.file.close()
-        return np.load(str(self.path), mmap_mode="r", allow_pickle=False) if self.written else np.zeros(0, kind)
+        with disk(self.folder), self.file:
+            self.file.flush()
+            return np.frombuffer(mmap(self.file.fileno(), 0, access=ACCESS_READ), kind)
 
 
 class _Columns:
     """Growing columns that become the store's arrays."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        def column(code: str, name: str) -> _Column:
-            return _Column(code, name, folder)
+        def column(code: str) -> _Column:
+            return _Column(code, folder)
 
-        self.tokens, self.trained, self.start = column("i", "tokens"), column("b", "trained"), column("q", "start")
-        self.parent, self.response = column("q", "parent"), column("q", "response")
-        self.record_start, self.pair_start, self.verdict_start = (column("q", f"{n}_start") for n in ("record", "pair", "verdict"))
-        self.pair, self.pair_prob, self.pair_weight = column("q", "pair"), column("d", "pair_prob"), column("d", "pair_weight")
-        self.verdict, self.good, self.verdict_weight = column("q", "verdict"), column("b", "verdict_good"), column("d", "verdict_weight")
+        self.tokens, self.trained, self.start = column("i"), column("b"), column("q")
+        self.parent, self.response = column("q"), column("q")
+        self.record_start, self.pair_start, self.verdict_start = (column("q") for _ in range(3))
+        self.pair, self.pair_prob, self.pair_weight = column("q"), column("d"), column("d")
+        self.verdict, self.good, self.verdict_weight = column("q"), column("b"), column("d")
         self.where = Places()
         for starts in (self.start, self.record_start, self.pair_start, self.verdict_start):
             starts.extend((0,))
@@ -217,7 +214,7 @@ def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mi
     Args:
         max_length: longest prompt+response in tokens, or None for no limit. Nothing is ever cut.
         mismatched: give each record one more segment, another record's response after this record's prompt (KTO's baseline).
-        folder: keep the arrays there as .npy files, mapped into memory; they may be deleted once this returns. None: in memory.
+        folder: keep large arrays there in files without names, mapped into memory. None: in memory.
     """
     intake, columns = Intake(), _Columns(folder)
     kept = _kept(records, codec, max_length, intake)

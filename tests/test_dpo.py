@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from preftune import checkpoints, pipeline
+from preftune import checkpoints, intake, pipeline
 from preftune.config import Dpo
 from preftune.errors import DataError, ModelError, NumericsError, PreftuneError, UsageError
 from preftune.stages import dpo
@@ -302,10 +302,10 @@ def test_eval_data_and_leaks(options, pairs, tmp_path):
 
 def test_prompts_never_stand_on_both_sides_of_the_split(options, tmp_path):
     rows = [{"prompt": f"p{i % 7}", "chosen": f" yes{i}", "rejected": f" no{i}"} for i in range(40)]
-    records, _, _ = pipeline.read_records(dpo.TASK, replace(options, data=[write_rows(tmp_path / "s.jsonl", rows)]))
-    held = pipeline.split_by_prompt(records, 0.3, seed=1)
-    inside = {r.prompt for r, h in zip(records, held, strict=True) if h}
-    assert len(inside) == 2 and not inside & {r.prompt for r, h in zip(records, held, strict=True) if not h}
+    taken = intake.read_records(dpo.TASK, replace(options, data=[write_rows(tmp_path / "s.jsonl", rows)]), tmp_path / "work")
+    held = intake.split_by_prompt(taken.prompt, 0.3, seed=1)
+    inside = {r.prompt for r, h in zip(taken.shelf, held, strict=True) if h}
+    assert len(inside) == 2 and not inside & {r.prompt for r, h in zip(taken.shelf, held, strict=True) if not h}
 
 
 def test_eval_reward_is_paired_over_the_same_prompts(options, tmp_path):

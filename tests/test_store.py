@@ -25,15 +25,19 @@ def some(count, **kwargs):
 
 @pytest.mark.parametrize("mismatched", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
-def test_the_disk_holds_what_memory_holds(count, mismatched, tmp_path):
+def test_the_disk_holds_what_memory_holds(count, mismatched, tmp_path, monkeypatch):
+    """In files without names: nothing is left of them whatever happens, and small columns never get one."""
     codec, records = make_codec(make.tokenizer()), some(count)
     plain, _ = build(records, codec, max_length=60, mismatched=mismatched)
+    small, _ = build(iter(records), codec, max_length=60, mismatched=mismatched, folder=tmp_path / "nowhere")
+    assert small.identity() == plain.identity() and not (tmp_path / "nowhere").exists()
+    monkeypatch.setattr("preftune.store.FLUSH", 3)
     mapped, _ = build(iter(records), codec, max_length=60, mismatched=mismatched, folder=tmp_path)
     for name in ARRAYS:
         one, two = getattr(plain, name), getattr(mapped, name)
         assert one.dtype == two.dtype and one.shape == two.shape and np.array_equal(one, two), name
-        assert np.array_equal(np.load(tmp_path / f"{name}.npy", allow_pickle=False).reshape(one.shape), one) or not one.size, name
-    assert isinstance(mapped.tokens, np.memmap) and plain.identity() == mapped.identity() and list(plain.where) == list(mapped.where)
+        assert not two.flags.writeable or not two.size or two.size < 3, name
+    assert not list(tmp_path.iterdir()) and plain.identity() == mapped.identity() and list(plain.where) == list(mapped.where)
     shutil.rmtree(tmp_path)  # mapped arrays outlive their names
     for record in range(len(plain)):
         assert make_batch(plain, [record]).tokens.tolist() == make_batch(mapped, [record]).tokens.tolist()
@@ -55,15 +59,16 @@ def test_partners_are_the_next_records_that_fit_in_a_circle(count):
         assert extra == fits[:1] and store.response[segments.start] == CONTEXT
 
 
-def test_records_cost_no_memory_but_their_place(tmp_path):
+def test_records_cost_no_memory_but_their_place(tmp_path, monkeypatch):
     """Below 100 bytes of Python memory a record, whatever its length."""
     def stream(count):
         for i in range(count):
             answers = (Response(f" answer {i} " * 4), Response(" no"))
             yield Record(f"prompt {i} " * 3, answers, (Judgement(((0,), (1,))),), where=f"f.jsonl:{i + 1}")
 
+    monkeypatch.setattr("preftune.store.FLUSH", 1 << 6)
     codec, cost = make_codec(make.tokenizer()), {}
-    for count in (2_000, 12_000):
+    for count in (500, 2_500):
         folder = tmp_path / str(count)
         folder.mkdir()
         tracemalloc.start()
@@ -71,13 +76,13 @@ def test_records_cost_no_memory_but_their_place(tmp_path):
         cost[count] = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert len(store) == len(intake.kept) == count and store.where[count - 1] == f"f.jsonl:{count}"
-    each = (cost[12_000] - cost[2_000]) / 10_000
-    assert each < 60, each
+    each = (cost[2_500] - cost[500]) / 2_000
+    assert each < 100, each
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("preftune.store.FLUSH", 1)
-    (tmp_path / "tokens.npy").symlink_to("/dev/full")
+    monkeypatch.setattr("preftune.store.TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115
     with pytest.raises(DiskError, match="the disk is full"):
         build(make.records(3000), make_codec(make.tokenizer()), max_length=None, folder=tmp_path)
 

@@ -21,9 +21,9 @@ def objective(options: Dpo) -> Objective:
     return preference(loss_terms(options), label_smoothing=options.label_smoothing)
 
 
-def select(records: list[Record], options: Dpo) -> list[Record]:
+def select(record: Record, options: Dpo) -> Record:
     """Every record: those without a judgement are counted once the loss has said what it reads."""
-    return records
+    return record
 
 
 def moving(options: Dpo) -> tuple[float, int] | None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from .. import pipeline
 from ..config import Sft
 from ..errors import DataError
+from ..intake import Seen
 from ..objectives import Objective, supervised
 from ..records import Record, Response
 
@@ -25,22 +26,21 @@ def objective(options: Sft) -> Objective:
     return supervised()
 
 
-def select(records: list[Record], options: Sft) -> list[Record]:
-    """What to imitate: all responses of data without judgements; with --preferred those of the best tier.
-
-    Raises:
-        DataError: judged data without --preferred (rejected answers would be imitated too), or --preferred without judgements.
-    """
-    judged = [r for r in records if r.judgements or r.labels is not None]
+def select(record: Record, options: Sft) -> Record | None:
+    """What to imitate: all responses of data without judgements; with --preferred those of the best tier."""
     if not options.preferred:
-        if judged:
-            raise DataError(f"{len(judged)} of {len(records)} records say which answer is better (the first: {judged[0].where}); "
-                            "--preferred imitates the preferred answers only")  # fmt: skip
-        return records
-    kept = [replace(r, responses=good, judgements=(), labels=None) for r in judged if (good := preferred(r))]
-    if not kept:
+        return record
+    good = preferred(record) if record.judgements or record.labels is not None else ()
+    return replace(record, responses=good, judgements=(), labels=None) if good else None
+
+
+def refuse(seen: Seen, options: Sft) -> None:
+    """Raises DataError: judged data without --preferred (rejected answers would be imitated too), or --preferred without judgements."""
+    if not options.preferred and seen.judged:
+        raise DataError(f"{seen.judged} of {seen.read} records say which answer is better (the first: {seen.first_judged}); "
+                        "--preferred imitates the preferred answers only")  # fmt: skip
+    if options.preferred and not seen.kept:
         raise DataError("--preferred: no record says which answer is preferred; without it all answers are imitated")
-    return kept
 
 
 def preferred(record: Record) -> tuple[Response, ...]:
@@ -51,4 +51,5 @@ def preferred(record: Record) -> tuple[Response, ...]:
     return tuple(r for i, r in enumerate(record.responses) if i in best)
 
 
-TASK = pipeline.Task("sft", Sft, objective, select, lambda folder: f"preftune dpo --model {folder} --data PAIRS --output RUN")
+TASK = pipeline.Task("sft", Sft, objective, select, lambda folder: f"preftune dpo --model {folder} --data PAIRS --output RUN",
+                     refuse=refuse)  # fmt: skip
