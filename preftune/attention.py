@@ -3,7 +3,7 @@
 Registered with transformers as the attention implementation 'preftune'. The segment table arrives as a forward argument of every
 layer, never as a global: a checkpointed backward pass runs the layer again and must see the same table. Without a table the function
 is transformers' own SDPA, so that the same loaded model also generates. Two ways, equal in tests: `merged` on a CPU, which computes
-only what is seen and needs no mask; one masked SDPA per tree elsewhere and where a sliding window cuts a chain. torch and
+only what is seen and needs no mask; one masked SDPA per tree elsewhere, for small trees and where a sliding window cuts a chain. torch and
 transformers' two registries only.
 """
 
@@ -22,6 +22,7 @@ from .batches import Segments
 from .errors import ModelError
 
 NAME = "preftune"
+CALL = 1 << 19  # scores times head width that one more kernel call, forward and back, costs (bench: 0.12 ms against 0.14 us a score of 512)
 
 Block = tuple[slice, slice, bool]  # queries, keys, whether causal (then both are the same tokens)
 
@@ -139,14 +140,19 @@ def _length(segments: Segments, segment: int) -> int:
     return sum(segments.ends[c] - segments.starts[c] for c in segments.chain(segment))
 
 
-def _plan(
-    segments: Segments, window: int | None, device: torch.device
-) -> tuple[Block, ...] | dict[tuple[int, int], Tensor | None]:
-    """How this batch is attended to, made once for all layers with this window: blocks for `merged`, or a mask per tree."""
+def _plan(segments: Segments, window: int | None, query: Tensor) -> tuple[Block, ...] | dict[tuple[int, int], Tensor | None]:
+    """How this batch is attended to, made once for all layers with this window: blocks for `merged`, or a mask per tree.
+
+    Blocks where they save more scores than their calls cost; on small trees a mask is quicker.
+    """
     if window not in segments.plans:
+        parts = blocks(segments)
+        seen = sum((q.stop - q.start) * (k.stop - k.start) // (2 if causal else 1) for q, k, causal in parts)
+        saved = (sum((b - a) ** 2 for a, b in segments.trees) - seen) * query.shape[1] * query.shape[3]
         short = window is None or all(_length(segments, s) <= window for s in range(len(segments.starts)))
-        segments.plans[window] = (blocks(segments) if short and device.type == "cpu" else
-                                  {tree: tree_mask(segments, tree, window, device) for tree in segments.trees})  # fmt: skip
+        worth = saved > (len(parts) - len(segments.trees)) * CALL
+        segments.plans[window] = (parts if short and worth and query.device.type == "cpu" else
+                                  {tree: tree_mask(segments, tree, window, query.device) for tree in segments.trees})  # fmt: skip
     return segments.plans[window]
 
 
@@ -172,7 +178,7 @@ def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if segments.seen is not None:
         segments.seen.append(int(getattr(module, "layer_idx", -1)))
-    plan = _plan(segments, sliding_window, query.device)
+    plan = _plan(segments, sliding_window, query)
     if isinstance(plan, tuple):
         return merged(query, key, value, plan, scaling).contiguous(), None
     return masked(query, key, value, plan, scaling), None

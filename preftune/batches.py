@@ -262,7 +262,8 @@ def make_batch(
     return builder.build([int(r) for r in records], columns or {})
 
 
-def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, *, share: bool = True, even: bool = False) -> list[list[int]]:
+def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, *, share: bool = True,
+          even: bool = False) -> list[list[int]]:  # fmt: skip
     """Cut records, in order, into groups of at most `micro_tokens` tokens; a record larger than that stands alone.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from preftune import engine, models, readout, reference
+from preftune import attention, engine, models, readout, reference
 from preftune.batches import make_batch, make_step
 from preftune.errors import NumericsError
 from preftune.losses import LOSSES, arguments
@@ -52,6 +52,16 @@ def frozen():
 @pytest.fixture(scope="module")
 def column(frozen, store):
     return reference.compute(frozen, store, micro_tokens=100)
+
+
+@pytest.fixture(autouse=True)
+def blocks_everywhere(monkeypatch):
+    """Attention by blocks even where masks would be quicker: these trees are small. `masks_everywhere` is the other way."""
+    monkeypatch.setattr(attention, "CALL", 0)
+
+
+def masks_everywhere(monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention, "CALL", 1 << 60)
 
 
 def gradients(model: Any, step: Any, objective: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -119,9 +129,10 @@ def test_every_mode_equals_the_plain_path(name, policy, frozen, store, column, m
         swept += 1
     live = reference.compute(frozen, store, micro_tokens=10**6)  # another packing of the reference
     same(gradients(policy, make_step(store, RECORDS, columns={"reference": live}, micro_tokens=150), objective), want)
-    monkeypatch.setattr(readout, "LOGITS", 262 * 7)  # the head seven targets at a time
-    same(gradients(policy, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective), want)
-    monkeypatch.undo()
+    with monkeypatch.context() as few:
+        few.setattr(readout, "LOGITS", 262 * 7)  # the head seven targets at a time
+        masks_everywhere(few)
+        same(gradients(policy, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective), want)
     checkpointed = copy.deepcopy(policy)
     models.checkpoint_layers(checkpointed)
     same(gradients(checkpointed, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective), want)
@@ -186,16 +197,18 @@ def test_bf16_gradients_gather_in_fp32(store, column):
 
 
 @pytest.mark.parametrize("kind", sorted(k for k in make.SIZES))
-def test_packed_equals_own_forward_for_every_architecture(kind):
+def test_packed_equals_own_forward_for_every_architecture(kind, monkeypatch):
     model = models.prepare(make.model(kind))
     store = make.store(5, k=3)
     share = readout.packs(model)
     assert share == (kind != "bloom"), "ALiBi models accept a custom attention and never call it: one row per response"
-    batch = make_batch(store, range(5), share=share)
-    with torch.no_grad():
-        mine = token_logps(model, hidden_states(model, batch), batch)
-        own = own_logps(model, store, batch)
-    assert float((mine - own).abs().max()) < 2e-5
+    for change in (lambda few: None, masks_everywhere):
+        batch = make_batch(store, range(5), share=share)
+        with torch.no_grad(), monkeypatch.context() as few:
+            change(few)
+            mine = token_logps(model, hidden_states(model, batch), batch)
+            own = own_logps(model, store, batch)
+        assert float((mine - own).abs().max()) < 2e-5
     longest = batch.segments.ends[-1] - batch.segments.starts[-1]
     assert longest > 8, "rows must be longer than the sliding windows for this to test them"
 
