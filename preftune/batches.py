@@ -50,12 +50,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Table:
-    """What is said of R responses: P pairs, U verdicts. Indices are responses, 0..R-1, of a batch or of a whole step.
+    """What is said of R responses: P pairs, U verdicts, L lists of I items. Indices are responses, 0..R-1, of a batch or of a whole step.
 
     Args:
         pair: (P, 2) int64, chosen and rejected. pair_prob: (P,) float64, P(chosen preferred). pair_weight: (P,) float64 votes.
         verdict: (U,) int64. verdict_good: (U,) bool. verdict_weight: (U,) float64.
         mismatched: (M,) int64, responses that stand after another record's prompt.
+        item: (I,) int64 responses, list by list. item_list: (I,) int64, 0..L-1. item_tier: (I,) int64, 0 the best, -1 below all,
+            unordered. list_weight: (L,) float64.
         record: (R,) int64, the store's record of each response.
     """
 
@@ -66,6 +68,10 @@ class Table:
     verdict_good: Tensor
     verdict_weight: Tensor
     mismatched: Tensor
+    item: Tensor
+    item_list: Tensor
+    item_tier: Tensor
+    list_weight: Tensor
     record: Tensor
 
     def to(self, device: torch.device | str) -> Table:
@@ -75,8 +81,9 @@ class Table:
 def join(tables: Sequence[Table]) -> Table:
     """The tables of a step's batches as one, responses numbered through."""
     shift = np.concatenate([[0], np.cumsum([len(t.record) for t in tables])])
-    moved = [replace(t, pair=t.pair + int(n), verdict=t.verdict + int(n), mismatched=t.mismatched + int(n))
-             for t, n in zip(tables, shift, strict=False)]  # fmt: skip
+    lists = np.concatenate([[0], np.cumsum([len(t.list_weight) for t in tables])])
+    moved = [replace(t, pair=t.pair + int(n), verdict=t.verdict + int(n), mismatched=t.mismatched + int(n), item=t.item + int(n),
+                     item_list=t.item_list + int(m)) for t, n, m in zip(tables, shift, lists, strict=False)]  # fmt: skip
     return Table(**{f.name: torch.cat([getattr(t, f.name) for t in moved]) for f in fields(Table)})
 
 
@@ -115,8 +122,8 @@ class Step:
     """One optimiser step: its forward passes and the denominators of the whole step, so that any cut gives the same numbers.
 
     Args:
-        micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs' and 'verdicts'
-            (sums of weights), 'responses', 'tokens' (targets).
+        micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts' and
+            'lists' (sums of weights), 'responses', 'tokens' (targets).
     """
 
     micro: tuple[Batch, ...]
@@ -243,7 +250,13 @@ class _Builder:
         store, n = self.store, self.number
         pairs = np.concatenate([np.arange(store.pair_start[r], store.pair_start[r + 1]) for r in records])
         verdicts = np.concatenate([np.arange(store.verdict_start[r], store.verdict_start[r + 1]) for r in records])
+        lists = np.concatenate([np.arange(store.ranking_start[r], store.ranking_start[r + 1]) for r in records])
+        sizes = store.list_start[lists + 1] - store.list_start[lists]
+        items = np.concatenate([np.arange(store.list_start[i], store.list_start[i + 1]) for i in lists] or [lists])
         return Table(
+            item=torch.tensor([n[int(s)] for s in store.item[items]], dtype=torch.long),
+            item_list=torch.from_numpy(np.repeat(np.arange(len(lists)), sizes)),
+            item_tier=torch.from_numpy(store.item_tier[items].astype(np.int64)), list_weight=torch.from_numpy(store.list_weight[lists]),
             pair=torch.tensor([[n[int(w)], n[int(x)]] for w, x in store.pair[pairs]], dtype=torch.long).reshape(-1, 2),
             pair_prob=torch.from_numpy(store.pair_prob[pairs]), pair_weight=torch.from_numpy(store.pair_weight[pairs]),
             verdict=torch.tensor([n[int(v)] for v in store.verdict[verdicts]], dtype=torch.long),
@@ -295,7 +308,8 @@ def split(store: Store, records: Sequence[int] | np.ndarray, micro_tokens: int, 
 def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
     """The denominators of a step, by name."""
     return {"records": float(records), "pairs": float(sum(b.table.pair_weight.sum() for b in batches)),
-            "verdicts": float(sum(b.table.verdict_weight.sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
+            "verdicts": float(sum(b.table.verdict_weight.sum() for b in batches)),
+            "lists": float(sum(b.table.list_weight.sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
             "tokens": float(sum(len(b.target) for b in batches))}  # fmt: skip
 
 

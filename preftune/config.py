@@ -489,12 +489,13 @@ LOSS_BOUNDS: dict[str, dict[str, Any]] = {
     "desirable_weight": {"low": 0}, "undesirable_weight": {"low": 0}, "lam": {"low": 0}, "per_token": {"low": 0}, "tail": {"low": 0, "high": 1},
     "alpha": {"low": 0, "open_low": True}, "cap": {"low": 0, "open_low": True}, "decay": {"low": 0, "high": 1, "open_low": True},
     "epsilon": {"low": 0, "high": 0.5, "open_low": True, "open_high": True},
-    "scale": {"low": 0}, "momentum": {"low": 0, "high": 1, "open_high": True}, "keep": {"low": 0, "high": 1, "open_low": True},
+    "nu": {"low": 0, "open_low": True}, "scale": {"low": 0}, "momentum": {"low": 0, "high": 1, "open_high": True}, "keep": {"low": 0, "high": 1, "open_low": True},
 }  # fmt: skip
 LOSS_ALSO_CALLED = {
     "dpo": "sigmoid", "cdpo": "sigmoid' with '--label-smoothing 0.1", "ipo": "ipo-sum' or 'ipo-mean", "sft": "nll", "rpo": "sigmoid+1*nll",
     "rdpo": "r-dpo' (length) or 'robust' (noise", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-biased' or 'bco",
-    "sigmoid_norm": "sigmoid-norm", "slic": "hinge",
+    "sigmoid_norm": "sigmoid-norm", "slic": "hinge", "pl": "plackett-luce", "dpo-pl": "plackett-luce", "listmle": "plackett-luce",
+    "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
 }  # fmt: skip
 
 

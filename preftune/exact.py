@@ -23,7 +23,8 @@ import torch
 from scipy.special import expit, logsumexp
 from torch import Tensor, nn
 
-from .losses import LOSSES, Side, expected
+from .losses import LOSSES, Loss, Side, expected
+from .losses.lists import Rankings
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -114,18 +115,22 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
                     prob: Sequence[float] | None = None, **arguments: float) -> Tensor:
     """Any loss of the table in expectation over its labels: the mean over pairs (i, j) of P_ij f(i,j) + (1-P_ij) f(j,i). ()
 
+    A loss over rankings reads every order of all n responses, by default with its Plackett-Luce probability.
     A verdict loss reads both sides of every judged pair (winner desirable, loser not) at baseline 0. For losses that look at tokens, the
     first token of a response names it and the rest are forced.
 
     Args:
         log_policy: (n,) log pi; gradients flow into it. pairs: default every i < j. weights: of the pairs; default equal.
-        lengths: tokens of each response; default 1. prob: P(i beats j) of each pair; default Bradley-Terry.
+        lengths: tokens of each response; default 1. prob: P(i beats j) of each pair; default Bradley-Terry. For rankings
+            the weight of each of `itertools.permutations(range(n))`.
     """
     loss = LOSSES[name]
-    pairs = all_pairs(len(problem.reward)) if pairs is None else pairs
-    i, j = torch.tensor(pairs).T
     reference = torch.from_numpy(np.log(problem.reference))
     length = torch.ones_like(reference) if lengths is None else torch.tensor(lengths, dtype=torch.float64)
+    if loss.kind == "lists":
+        return _over_orders(loss, Side(log_policy, reference, length), problem.reward, prob, arguments)
+    pairs = all_pairs(len(problem.reward)) if pairs is None else pairs
+    i, j = torch.tensor(pairs).T
     true = torch.from_numpy(bradley_terry(problem.reward))[i, j] if prob is None else torch.tensor(prob, dtype=torch.float64)
     weight = torch.ones_like(true) if weights is None else torch.tensor(weights, dtype=torch.float64)
 
@@ -142,6 +147,15 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
 
     values = true * judged(i, j) + (1 - true) * judged(j, i)
     return (weight * values).sum() / weight.sum()
+
+
+def _over_orders(loss: Loss, side: Side, reward: np.ndarray, weight: Sequence[float] | None, arguments: Mapping[str, float]) -> Tensor:
+    """The mean of a list loss over all orders, best first."""
+    orders = list(itertools.permutations(range(len(reward))))
+    votes = torch.tensor([plackett_luce(reward, o) for o in orders] if weight is None else weight, dtype=torch.float64)
+    tier = torch.arange(len(reward)).repeat(len(orders))
+    rankings = Rankings(torch.arange(len(orders)).repeat_interleave(len(reward)), tier)
+    return (votes * loss.function(side[torch.tensor(orders).flatten()], rankings, **arguments)).sum() / votes.sum()
 
 
 def minimise(function: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 200) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .batches import Batch, Table
 from .losses import LOSSES, Loss, Side, arguments, expected, votes
+from .losses.lists import Rankings, agreement
 from .losses.verdicts import baseline
 from .readout import hidden_states, response_rows, response_sums, token_collisions, token_logps
 
@@ -44,8 +45,8 @@ class Objective:
 
     Args:
         name: for logs. terms: (columns, table, carry) -> {name: (weighted sum, denominator)}.
-        metrics: (columns, table) -> {name: one value per pair or verdict}; their means are reported, exact for any batch size.
-        reads: 'pairs', 'verdicts' or 'responses': what a record must have for this to learn from it.
+        metrics: (columns, table) -> {name: one value per pair, verdict or list}; their means are reported, exact for any batch size.
+        reads: 'lists', 'pairs', 'verdicts' or 'responses': what a record must have for this to learn from it.
         reference: 'none', 'token' or 'distribution': what the columns need.
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
@@ -106,10 +107,11 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
         for weight, name, loss, numbers in named:
             if loss.kind == "pairs":
                 before = None if carry is None else {key: carry[f"{name}.{key}"] for key in loss.carry}
-                out[name] = (weight * expected(loss, *judged(columns, table), before, **numbers), "pairs")
+                value = expected(loss, *judged(columns, table), before, **numbers)
             else:
-                values = loss.function(columns[table.verdict], table.verdict_good, _baseline(columns, table), **numbers)
-                out[name] = (weight * (values * table.verdict_weight).sum(), "verdicts")
+                seen, votes_of, _ = ITEMS[loss.kind]
+                value = (loss.function(*seen(columns, table), **numbers) * votes_of(table)).sum()
+            out[name] = (weight * value, loss.kind)
         return out
 
     def advance(columns: Columns, table: Table, carry: Mapping[str, float]) -> dict[str, float]:
@@ -130,13 +132,14 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
             if loss.kind == "pairs":
                 value += weight * loss.start(numbers)
             else:
-                items = [loss.start(numbers, bool(good)) for good in table.verdict_good]
-                value += weight * float((torch.tensor(items, dtype=torch.float64) * table.verdict_weight.cpu()).sum()) / totals["verdicts"]
+                _, votes_of, shapes = ITEMS[loss.kind]
+                items = torch.tensor([loss.start(numbers, *shape) for shape in shapes(table)], dtype=torch.float64)
+                value += weight * float((items * votes_of(table).cpu()).sum()) / totals[loss.kind]
         return value
 
     return Objective(
         name="+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name, _, _ in named), terms=terms,
-        metrics=_preference_metrics(named), reads="pairs" if any(loss.kind == "pairs" for _, _, loss, _ in named) else "verdicts",
+        metrics=_preference_metrics(named), reads=min((loss.kind for _, _, loss, _ in named), key=("lists", "pairs", "verdicts").index),
         reference="token" if "token" in needs else "none",
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
@@ -149,9 +152,22 @@ def _baseline(columns: Columns, table: Table) -> Tensor:
     return baseline(columns[table.mismatched].ratio) if len(table.mismatched) else columns.policy.new_zeros(())
 
 
+def _rankings(table: Table) -> Rankings:
+    return Rankings(table.item_list, table.item_tier)
+
+
+# Kind of a loss without soft labels -> (what its function takes, the votes of its items, what their start depends on).
+ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], Tensor], Callable[[Table], list[tuple]]]] = {
+    "verdicts": (lambda c, t: (c[t.verdict], t.verdict_good, _baseline(c, t)), lambda t: t.verdict_weight,
+                 lambda t: [(good,) for good in t.verdict_good.tolist()]),
+    "lists": (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes()),
+}  # fmt: skip
+
+
 def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]) -> Callable[[Columns, Table], dict]:
-    """TRL's names. Rewards are the first loss's beta (or tau) times what that loss reads; ties count half a success."""
+    """TRL's names. Rewards are the first loss's beta (or tau) times what that loss reads; ties count half. Rankings add theirs."""
     _, _, loss, numbers = named[0]
+    listed = any(loss.kind == "lists" for _, _, loss, _ in named)
     scale = numbers.get("beta", numbers.get("tau", 1.0))
 
     def metrics(columns: Columns, table: Table) -> dict[str, Tensor]:
@@ -163,6 +179,8 @@ def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, flo
         wins = (good > bad).double() + 0.5 * (good == bad).double()
         values = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad, "rewards/accuracies": wins,
                   "logps/chosen": chosen.policy, "logps/rejected": rejected.policy}  # fmt: skip
+        if listed:
+            values["rankings/tau"], values["rankings/exact"] = agreement(loss.reads(columns[table.item]), _rankings(table))
         return values if columns.reference is None else values | {"displacement": chosen.ratio}
 
     return metrics

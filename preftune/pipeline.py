@@ -247,7 +247,8 @@ def _given(options: Training) -> Path | None:
 
 def _judged(store: Store, objective: Objective) -> np.ndarray:
     """Store records with something to learn from, as this objective reads them."""
-    starts = {"pairs": store.pair_start, "verdicts": store.verdict_start, "responses": store.record_start}[objective.reads]
+    starts = {"lists": store.ranking_start, "pairs": store.pair_start, "verdicts": store.verdict_start,
+              "responses": store.record_start}[objective.reads]  # fmt: skip
     return np.diff(starts) > 0
 
 

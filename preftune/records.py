@@ -114,6 +114,18 @@ def pairs(record: Record) -> Iterator[Pair]:
                         yield Pair(chosen, rejected, prob, judgement.weight)
 
 
+def rankings(record: Record) -> Iterator[Judgement]:
+    """Every judgement of two responses or more, as a hard ranking; a judgement that only says `below` of nothing is none.
+
+    With P(first tier preferred) a judgement stands as P of its votes for it and 1 - P for the reverse, as it does in pair losses.
+    """
+    for judgement in record.judgements:
+        if judgement.order and sum(map(len, judgement.order)) + len(judgement.below) > 1:
+            share = 1.0 if judgement.prob is None else judgement.prob
+            both = ((judgement.order, share), (judgement.order[::-1], 1 - share))
+            yield from (replace(judgement, order=order, prob=None, weight=judgement.weight * p) for order, p in both if p)
+
+
 def verdicts(record: Record) -> Iterator[tuple[int, bool, float]]:
     """(response, desirable, weight): the unpaired view. Labels if there are any, else both sides of every pair.
 

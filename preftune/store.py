@@ -22,10 +22,11 @@ import numpy as np
 
 from .errors import DataError
 from .files import disk, fingerprint
-from .records import Places, Record, pairs, verdicts
+from .records import Places, Record, pairs, rankings, verdicts
 from .tokens import Codec, Encoded, encode
 
 CONTEXT, MISMATCHED = -1, -2
+BELOW = -1  # the tier of what is worse than all tiers, unordered
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Store:
         record_start: (R+1,) int64: record r owns segments record_start[r]:record_start[r+1]; a parent precedes its children.
         pair: (P, 2) int64 segments chosen, rejected. pair_prob, pair_weight: (P,) float64. pair_start: (R+1,) int64.
         verdict: (U,) int64 segments. verdict_good: (U,) bool. verdict_weight: (U,) float64. verdict_start: (R+1,) int64.
+        item: (I,) int64 segments, list by list. item_tier: (I,) int32, 0 the best, BELOW. list_start: (L+1,) int64, list l is
+            item[list_start[l]:list_start[l+1]]. list_weight: (L,) float64. ranking_start: (R+1,) int64, record r's lists.
         where: per record 'file:line' or its id.
     """
 
@@ -56,6 +59,11 @@ class Store:
     verdict_good: np.ndarray
     verdict_weight: np.ndarray
     verdict_start: np.ndarray
+    item: np.ndarray
+    item_tier: np.ndarray
+    list_start: np.ndarray
+    list_weight: np.ndarray
+    ranking_start: np.ndarray
     where: Sequence[str]
 
     def __len__(self) -> int:
@@ -161,8 +169,10 @@ class _Columns:
         self.record_start, self.pair_start, self.verdict_start = (column("q") for _ in range(3))
         self.pair, self.pair_prob, self.pair_weight = column("q"), column("d"), column("d")
         self.verdict, self.good, self.verdict_weight = column("q"), column("b"), column("d")
+        self.item, self.item_tier, self.list_weight = column("q"), column("i"), column("d")
+        self.list_start, self.ranking_start = column("q"), column("q")
         self.where = Places()
-        for starts in (self.start, self.record_start, self.pair_start, self.verdict_start):
+        for starts in (self.start, self.record_start, self.pair_start, self.verdict_start, self.list_start, self.ranking_start):
             starts.extend((0,))
 
     def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int) -> int:
@@ -187,9 +197,16 @@ class _Columns:
             self.verdict.extend((root + 1 + index,))
             self.good.extend((good,))
             self.verdict_weight.extend((weight,))
+        for ranking in rankings(record):
+            tiers = (*enumerate(ranking.order), (BELOW, ranking.below))
+            self.item.extend(root + 1 + i for _, tier in tiers for i in tier)
+            self.item_tier.extend(number for number, tier in tiers for _ in tier)
+            self.list_start.extend((len(self.item),))
+            self.list_weight.extend((ranking.weight,))
         self.record_start.extend((len(self.parent),))
         self.pair_start.extend((len(self.pair_prob),))
         self.verdict_start.extend((len(self.verdict),))
+        self.ranking_start.extend((len(self.list_weight),))
         self.where.append(record.where or record.id)
 
     def freeze(self) -> Store:
@@ -198,7 +215,9 @@ class _Columns:
             response=self.response.freeze(), record_start=self.record_start.freeze(), pair=self.pair.freeze().reshape(-1, 2),
             pair_prob=self.pair_prob.freeze(), pair_weight=self.pair_weight.freeze(), pair_start=self.pair_start.freeze(),
             verdict=self.verdict.freeze(), verdict_good=self.good.freeze(), verdict_weight=self.verdict_weight.freeze(),
-            verdict_start=self.verdict_start.freeze(), where=self.where)  # fmt: skip
+            verdict_start=self.verdict_start.freeze(), item=self.item.freeze(), item_tier=self.item_tier.freeze(),
+            list_start=self.list_start.freeze(), list_weight=self.list_weight.freeze(), ranking_start=self.ranking_start.freeze(),
+            where=self.where)  # fmt: skip
 
 
 def unfit(records: Iterable[Record], codec: Codec, *, max_length: int | None) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,21 +11,40 @@ import torch
 
 from preftune import engine, evaluate, sampling
 from preftune.batches import make_batch, make_step
-from preftune.exact import BOS, T3, TableModel, bradley_terry, kl, optimum
+from preftune.exact import BOS, T3, TableModel, bradley_terry, kl, optimum, plackett_luce
 from preftune.losses import LOSSES
 from preftune.objectives import preference
 from preftune.readout import hidden_states, prefix_kl, response_sums, token_logps
 from preftune.store import from_ids
 
 
+def ranked_windows(size: int = 4):
+    """Adds to a store every order of every `size` responses that stand together in a ring of 15, with its chance as votes.
+
+    Of the last of every 24 lists that keep their best two in place the two others are `below`, with the chance of both orders.
+    """
+    sets = [[(first + i) % 15 for i in range(size)] for first in range(15)]
+    orders = [[s[i] for i in order] for s in sets for order in itertools.permutations(range(size))]
+    votes = np.array([plackett_luce(T3.reward.numpy(), order) for order in orders])
+    tiers = [list(range(size))] * len(orders)
+    for k in range(22, len(orders), 24):  # the last two of a window differ in the order of their last two responses
+        tiers[k], votes[k], votes[k + 1] = [0, 1, -1, -1], votes[k] + votes[k + 1], 0
+    keep = votes > 0
+    return lambda store: replace(store, item=np.array(orders)[keep].flatten() + 1, item_tier=np.array(tiers, np.int32)[keep].flatten(),
+                                 list_start=np.arange(keep.sum() + 1) * size, list_weight=votes[keep],
+                                 ranking_start=np.array([0, keep.sum()]))  # fmt: skip
+
+
 def t3_store():
-    """All 15 sequences as responses of one record, all 105 pairs judged by Bradley-Terry."""
+    """All 15 sequences as responses of one record, all 105 pairs judged by Bradley-Terry, 345 lists of four by Plackett-Luce."""
     store = from_ids([[BOS]], [T3.sequences])
     chosen, rejected = np.triu_indices(15, k=1)
     prob = bradley_terry(T3.reward.numpy())[chosen, rejected]
     rng = np.random.default_rng(0)
     good = rng.random(15) < 0.5
-    return replace(store, pair=np.stack([chosen, rejected], 1) + 1, pair_prob=prob, pair_weight=np.ones(105), pair_start=np.array([0, 105]),
+    lists = ranked_windows()
+    return replace(lists(store), pair=np.stack([chosen, rejected], 1) + 1, pair_prob=prob, pair_weight=np.ones(105),
+                   pair_start=np.array([0, 105]),
                    verdict=np.arange(15) + 1, verdict_good=good, verdict_weight=np.ones(15), verdict_start=np.array([0, 15]))  # fmt: skip
 
 
@@ -108,11 +128,12 @@ def test_columns_inside_a_response_are_the_tables():
     assert found.tokens.shape == (15, 4)
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_population_dpo_through_the_engine_gives_the_exact_optimum(beta):
+@pytest.mark.parametrize(("name", "beta"), [("sigmoid", 0.5), ("sigmoid", 1.0), ("plackett-luce", 0.5), ("plackett-luce", 1.0)])
+def test_population_dpo_through_the_engine_gives_the_exact_optimum(name, beta):
     store = t3_store()
     step = make_step(store, [0], micro_tokens=10_000, columns={"reference": reference_column(store)})
-    objective = preference([(1.0, "sigmoid", {"beta": beta})])
+    objective = preference([(1.0, name, {"beta": beta})])
+    assert name == "sigmoid" or sum(int(t) < 0 for t in step.micro[0].table.item_tier) == 30
     model = TableModel.t3_reference()
     state = engine.make_state(model, rate=lambda s: 0.0, clip=0.0)
     tight = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 1e-16, "line_search_fn": "strong_wolfe"}

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from preftune import exact, losses
-from preftune.losses import LOSSES, Side, arguments, batchwise, pairs, verdicts
+from preftune.losses import LOSSES, Side, arguments, batchwise, lists, pairs, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pairs"]
@@ -111,13 +111,26 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
     "kto": [({}, [1 - sig(0.05), 1 - sig(0.15), 1 - sig(-0.05)]),
             ({"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 3.0},
              [2 * (1 - sig(0.5)), 3 * (1 - sig(1.5)), 2 * (1 - sig(-0.5))])],
+    "plackett-luce": [({}, [log(21 / 8), log(77 / 4), log(7)]), ({"beta": 0.2}, [log(105 / 64), log(777 / 8), log(21)])],
+    "plackett-luce-breslow": [({}, [log(21 / 8), log(49 / 2), log(7)]), ({"beta": 0.2}, [log(105 / 64), log(441 / 4), log(21)])],
+    "plackett-luce-davidson": [({}, [log((11 + 3 * 2**0.5) * (3 + 2**0.5) / 8), log((11 + 3 * 2**0.5) / 2**0.5), log(11 + 3 * 2**0.5)]),
+                               ({"beta": 0.2, "nu": 0.5}, [log(87 / 32), log(29), log(29)])],
+    "lipo": [({}, [(2 - 2**0.5) * (1 / log(2) - 1 / log(3)) * log(1 + 0.5**0.5) + log(1.5) / log(4)
+                   + (2**0.5 - 1) * (1 / log(3) - 1 / log(4)) * log(1 + 0.5**0.5),
+                   (2**0.75 - 1) * ((1 / log(2) - 1 / log(3)) * log(1 + 2**0.5) + log(3) / log(4)),
+                   (2 - 2**0.25) * ((1 / log(3) - 1 / log(4)) * log(1 + 2**0.5) + log(3) / log(4))]),
+             ({"beta": 0.1}, [(2 - 2**0.5) * (1 / log(2) - 1 / log(3)) * log(1.5) + log(1.25) / log(4)
+                              + (2**0.5 - 1) * (1 / log(3) - 1 / log(4)) * log(1.5),
+                              (2**0.75 - 1) * ((1 / log(2) - 1 / log(3)) * log(3) + log(5) / log(4)),
+                              (2 - 2**0.25) * ((1 / log(3) - 1 / log(4)) * log(3) + log(5) / log(4))])],
+    "s-dpo": [({}, [log(7 / 4), log(15), log(7)]), ({"beta": 0.2}, [log(21 / 16), log(85), log(21)])],
 }  # fmt: skip
 
 
 def worked(name: str) -> tuple:
     if name in BATCHWISE:
         return (*pairs.WORKED, batchwise.ONES, *carried(name))
-    return pairs.WORKED if LOSSES[name].kind == "pairs" else verdicts.WORKED
+    return {"pairs": pairs, "verdicts": verdicts, "lists": lists}[LOSSES[name].kind].WORKED
 
 
 def carried(name: str) -> tuple:
@@ -156,11 +169,15 @@ def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype =
 
 
 def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
-    """The loss of each item; verdicts read `chosen`, every other one desirable, at baseline .3."""
+    """The loss of each item; verdicts read `chosen`, every other one desirable, at baseline .3; lists are of two."""
     if name in BATCHWISE:
         return LOSSES[name].function(chosen, rejected, torch.ones_like(chosen.policy), *carried(name), **numbers)
     if LOSSES[name].kind == "pairs":
         return LOSSES[name].function(chosen, rejected, **numbers)
+    if LOSSES[name].kind == "lists":
+        place = torch.arange(2 * len(chosen.policy))
+        both = Side(*(torch.stack([getattr(chosen, k), getattr(rejected, k)], 1).flatten() for k in ("policy", "reference", "length")))
+        return LOSSES[name].function(both, lists.Rankings(place // 2, place % 2), **numbers)
     desirable = torch.arange(len(chosen.policy)) % 2 == 0
     return LOSSES[name].function(chosen, desirable, torch.tensor(0.3, dtype=chosen.policy.dtype), **numbers)
 
@@ -179,9 +196,9 @@ def test_the_sweeps_sweep():
 @pytest.mark.parametrize("name", LOSSES)
 def test_line_of_the_table(name):
     loss = LOSSES[name]
-    assert loss.kind in {"pairs", "verdicts"} and loss.reference in {"none", "token", "distribution"} and loss.source
+    assert loss.kind in {"pairs", "verdicts", "lists"} and loss.reference in {"none", "token", "distribution"} and loss.source
     assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision"}
-    data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi"}
+    data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order"}
     free = loss.reference == "none" or name in data
     assert (loss.start is None) == free, "policy = reference fixes a value where there is a reference and nothing else is read"
     assert all(isinstance(v, float) for v in arguments(name).values())
@@ -246,6 +263,10 @@ def test_golden(name):
     d2po: .98: (1.5 - .49) - (-1 + .49 - .4802) = 2.0002, 0, (-1 - .49 - .4802) - 1; .5: 1.25 + .875, 0, -1.375 - 1.
     beta-dpo: M = -1/3, M0 = .1 M, so b = .1 (1 - .6 * .3) = .082; with momentum .5 M0 = M/2, so b = 1 - 2/6 and D = 2, 0, -3.
     alpha-dpo: .75, 0, -1.5 less their mean -.25: 1, .25, -1.25, over sqrt((1 + .0625 + 1.5625)/3) = sqrt .875.
+    The lists (`lists.WORKED`) at beta .1: p = 4 > 2 > 1; 2 = 1 > 4; 1 > {2, 4}; at beta .2 the squares, at .05 the roots.
+    plackett-luce: (7/4)(3/2); 7 (7 - 3/2)/2; 7; squares: (21/16)(5/4), 21 (21 - 5/2)/4, 21. breslow: 7 * 7/2, 21 * 21/4.
+    davidson: sets of 4, 2, 1: 7 + (2 + 2 sqrt 2 + sqrt 2) + 2, of 2, 1: 3 + sqrt 2; squares, nu .5: 21 + .5 (8 + 4 + 2) + .25 * 4 = 29,
+    5 + .5 * 2 = 6: (29/16)(6/4), 29/(.5 * 2), 29. lipo: its docstring. s-dpo: 1 + 3/4, (1 + 2)(1 + 4), 7; 1 + 5/16, 5 * 17, 21.
     kto (`verdicts.WORKED`: a = 1, -1, 0; good, bad, good; z0 = .5): beta(a - z0) = .05, beta(z0 - a) = .15, beta(a - z0) = -.05;
     at beta 1 and weights 2 and 3: .5, 1.5, -.5, so 2(1 - .622459), 3(1 - .817574), 2(1 - .377541) = .755081, .547277, 1.244919.
     """
@@ -261,8 +282,9 @@ def test_value_where_policy_is_reference(name):
     chosen, rejected = (replace(s, policy=s.reference, tokens=0 * s.tokens) for s in batch(6))
     loss = LOSSES[name]
     for numbers in (arguments(name), {k: v if k == "keep" else 0.7 * v for k, v in arguments(name).items()}):
-        if loss.kind == "pairs":
-            values, start = items(name, chosen, rejected, **numbers), [loss.start(numbers)] * 6
+        if loss.kind != "verdicts":
+            shape = ((1, 1), 0) if loss.kind == "lists" else ()
+            values, start = items(name, chosen, rejected, **numbers), [loss.start(numbers, *shape)] * 6
         else:
             flags = [True, False] * 3
             zero = verdicts.baseline(chosen.ratio)
@@ -300,7 +322,7 @@ def test_gradient(name, monkeypatch):
     """
     rng = np.random.default_rng(1)
     theta = torch.tensor(np.log(exact.B4.reference) + rng.normal(size=4))
-    for prob in (None, [1.0] * 6):
+    for prob in (None, [1.0] * (24 if LOSSES[name].kind == "lists" else 6)):
 
         def value(t: Tensor, prob=prob) -> Tensor:
             return exact.population_loss(name, t.log_softmax(-1), exact.B4, lengths=[1, 2, 3, 5], prob=prob)
@@ -379,7 +401,7 @@ def test_per_item_and_order(name):
     assert items(name, *batch(6, dtype=torch.float32)).dtype == torch.float32
     order = torch.tensor([4, 1, 0, 5, 2, 3])  # keeps even places even, so that verdicts keep their labels
     shuffled = items(name, chosen[order], rejected[order])
-    if LOSSES[name].kind == "pairs":
+    if LOSSES[name].kind != "verdicts":
         torch.testing.assert_close(shuffled, values[order], rtol=1e-13, atol=1e-13 if name in BATCHWISE else 0)
     twice = torch.arange(12) % 6
     torch.testing.assert_close(items(name, chosen[twice], rejected[twice]).mean(), values.mean(), rtol=1e-13, atol=1e-12)

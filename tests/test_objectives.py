@@ -18,10 +18,17 @@ from preftune.tokens import make_codec
 f64 = torch.float64
 
 
-def table(pairs=((0, 1), (2, 3)), prob=(1.0, 1.0), weight=(1.0, 1.0), verdicts=(), good=(), votes=(), mismatched=()) -> Table:
+def ranked(*lists: tuple[list[list[int]], list[int], float]) -> tuple[torch.Tensor, ...]:
+    """item, item_list, item_tier and list_weight of (tiers, below, weight)s."""
+    rows = [(i, row, t) for row, (tiers, below, _) in enumerate(lists) for t, tier in (*enumerate(tiers), (-1, below)) for i in tier]
+    columns = (torch.tensor(column, dtype=torch.long) for column in (zip(*rows, strict=True) if rows else ((), (), ())))
+    return (*columns, torch.tensor([weight for *_, weight in lists], dtype=f64))
+
+
+def table(pairs=((0, 1), (2, 3)), prob=(1.0, 1.0), weight=(1.0, 1.0), verdicts=(), good=(), votes=(), mismatched=(), lists=()) -> Table:
     return Table(torch.tensor(pairs).reshape(-1, 2), torch.tensor(prob, dtype=f64), torch.tensor(weight, dtype=f64),
                  torch.tensor(verdicts, dtype=torch.long), torch.tensor(good, dtype=torch.bool), torch.tensor(votes, dtype=f64),
-                 torch.tensor(mismatched, dtype=torch.long), torch.zeros(6, dtype=torch.long))  # fmt: skip
+                 torch.tensor(mismatched, dtype=torch.long), *ranked(*lists), record=torch.zeros(6, dtype=torch.long))  # fmt: skip
 
 
 # a = policy - reference: 1, -1, 0, 2, 3, -4
@@ -34,7 +41,8 @@ def ls(z: float) -> float:
 
 
 def value(objective, table_: Table, **totals: float) -> float:
-    own = {"pairs": float(table_.pair_weight.sum()), "verdicts": float(table_.verdict_weight.sum()), "tokens": 18.0}
+    own = {"pairs": float(table_.pair_weight.sum()), "lists": float(table_.list_weight.sum()), "tokens": 18.0,
+           "verdicts": float(table_.verdict_weight.sum())}  # fmt: skip
     return float(total(objective.terms(COLUMNS, table_), own | totals))
 
 
@@ -96,6 +104,32 @@ def test_ktos_baseline_reads_mismatched_responses_only_and_is_not_below_zero(mis
     assert start == pytest.approx(0.5)
 
 
+def test_rankings_have_votes_and_their_own_denominator():
+    """beta .5, s = .5, -.5, 0, 1, 1.5, -2: 0 > 1 with three votes; 3 = 2 > {1} by S-DPO: each of the two against the one."""
+    one, two = ([[0], [1]], [], 3.0), ([[3, 2]], [1], 1.0)
+    pl = preference([(1.0, "plackett-luce", {"beta": 0.5})])
+    assert value(pl, table(lists=(one,))) == value(preference([(1.0, "sigmoid", {"beta": 0.5})]), table(((0, 1),), (1.0,), (3.0,)))
+    tie = math.log((math.e + 1 + math.exp(-0.5)) * ((math.e + 1) / 2 + math.exp(-0.5)) / math.e)
+    assert value(pl, table(lists=(one, two))) == pytest.approx((3 * -ls(1.0) + tie) / 4)
+    s_dpo = preference([(1.0, "s-dpo", {"beta": 0.5})])
+    assert value(s_dpo, table(lists=(one, two)), lists=8.0) == pytest.approx((3 * -ls(1.0) - ls(1.5) - ls(0.5)) / 8)
+    mixed = preference([(0.5, "sigmoid", {}), (2.0, "kto", {}), (1.0, "plackett-luce", {})])
+    assert pl.reads == mixed.reads == "lists" and pl.separable and not mixed.separable
+    said = table(lists=(one, two), verdicts=(0, 1), good=(True, False), votes=(1.0, 1.0))
+    totals = {"pairs": 2.0, "verdicts": 2.0, "lists": 4.0}
+    assert mixed.start(said, totals) == pytest.approx(0.5 * math.log(2) + 2 * 0.5 + (3 * math.log(2) + math.log(6)) / 4)
+
+
+def test_metrics_of_rankings():
+    """a = 1, -1, 0, 2, 3, -4. 0 > 1 > 2: two of three pairs in order, tau 1/3; 4 > {0, 1}: all. A tie alone compares nothing."""
+    pl = preference([(1.0, "plackett-luce", {})])
+    said = table(lists=(([[0], [1], [2]], [], 1.0), ([[4]], [0, 1], 2.0), ([[2, 3]], [], 1.0)))
+    found = pl.metrics(COLUMNS, said)
+    assert found["rankings/tau"].tolist() == [pytest.approx(1 / 3), 1.0] and found["rankings/exact"].tolist() == [0.0, 1.0]
+    assert found["rewards/accuracies"].tolist() == [1.0, 0.0]
+    assert "rankings/tau" not in preference([(1.0, "sigmoid", {})]).metrics(COLUMNS, said)
+
+
 def test_metrics_are_one_value_a_pair_and_ties_count_half():
     dpo = preference([(1.0, "sigmoid", {"beta": 0.5})])
     said = table(pairs=((0, 1), (2, 3), (2, 2)), prob=(1.0,) * 3, weight=(1.0,) * 3)
@@ -112,13 +146,16 @@ def test_metrics_are_one_value_a_pair_and_ties_count_half():
 
 
 def test_joining_micro_batches_is_the_whole():
-    tables = [table(), table(verdicts=(1,), good=(True,), votes=(1.0,), mismatched=(2,))]
+    lists = (([[0], [1]], [], 1.0), ([[2]], [1, 0], 2.0))
+    tables = [table(lists=lists), table(verdicts=(1,), good=(True,), votes=(1.0,), mismatched=(2,), lists=lists[1:])]
     whole = join(tables)
     assert (
         whole.pair.tolist() == [[0, 1], [2, 3], [6, 7], [8, 9]]
         and whole.verdict.tolist() == [7]
         and whole.mismatched.tolist() == [8]
     )
+    assert whole.item.tolist() == [0, 1, 2, 1, 0, 8, 7, 6] and whole.item_list.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert whole.item_tier.tolist() == [0, 1, 0, -1, -1, 0, -1, -1] and whole.list_weight.tolist() == [1.0, 2.0, 2.0]
     assert torch.equal(join_columns([COLUMNS, COLUMNS]).policy, torch.cat([COLUMNS.policy] * 2))
     ragged = [replace(COLUMNS, tokens=torch.ones(6, n, dtype=f64), collision=COLUMNS.length) for n in (2, 5)]
     together = join_columns(ragged)

@@ -20,7 +20,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from . import batchwise, divergences, pairs, tokenwise, unanchored, verdicts
+from . import batchwise, divergences, lists, pairs, tokenwise, unanchored, verdicts
 from .pairs import Side
 
 RATIO, MEAN_RATIO, POLICY, MEAN_POLICY = map(attrgetter, ("ratio", "mean_ratio", "policy", "mean_policy"))
@@ -35,7 +35,8 @@ class Loss:
     Args:
         function: per-item, unreduced. kind 'pairs': `f(chosen: Side, rejected: Side, *, ...) -> (B,)`, with a third `weight: (B,)`
             where it is not separable and a fourth, what was carried, where it carries; kind 'verdicts':
-            `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`.
+            `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`; kind 'lists':
+            `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
         soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
@@ -46,7 +47,8 @@ class Loss:
         needs: which further columns of `Side` it reads: 'tokens', 'collision'.
         reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
         start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
-            `arguments` names them); for verdicts `start(arguments, desirable)`. None where policy = reference fixes no value.
+            `arguments` names them); for verdicts `start(arguments, desirable)`, for lists
+            `start(arguments, sizes of the tiers, how many below)`. None where policy = reference fixes no value.
         carry: statistics that run over steps, by name, as they stand before the first. The function gets those of the steps before
             its own, or None where no step is under way (an evaluation): then the set's own take their place.
         update: `(chosen, rejected, weight, carry, *, ...) -> carry` after the step, with the function's arguments.
@@ -142,6 +144,27 @@ def _kto(arguments: Mapping[str, float], desirable: bool) -> float:
     return 0.5 * arguments["desirable_weight" if desirable else "undesirable_weight"]
 
 
+def _orders(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """All orders are alike, those of a tie and of `below` summed: log K!/below!; Efron's denominators for a tie come to the same."""
+    return math.lgamma(sum(tiers) + below + 1) - math.lgamma(below + 1)
+
+
+def _breslow(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """Each of a tier's d out of all that are left."""
+    return sum(d * math.log(sum(tiers[t:]) + below) for t, d in enumerate(tiers))
+
+
+def _davidson(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """A tier of d out of n: nu^(d-1) among sum_j C(n, j) nu^(j-1) = ((1 + nu)^n - 1)/nu."""
+    nu = arguments["nu"]
+    return sum(math.log(((1 + nu) ** (sum(tiers[t:]) + below) - 1) / nu) - (d - 1) * math.log(nu) for t, d in enumerate(tiers))
+
+
+def _first(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """Each of the best against all that are worse."""
+    return tiers[0] * math.log(1 + sum(tiers[1:]) + below)
+
+
 LOSSES: Mapping[str, Loss] = {
     "sigmoid": Loss(pairs.sigmoid, "pairs", "token", "swap", "arXiv:2305.18290, Eq. 7", start=_ln2),
     "reference-free": Loss(pairs.reference_free, "pairs", "none", "swap", "arXiv:2305.18290, authors' code", reads=POLICY),
@@ -181,6 +204,14 @@ LOSSES: Mapping[str, Loss] = {
                      carry=batchwise.UNMOVED, update=batchwise.beta_dpo_update),
     "kto": Loss(verdicts.kto, "verdicts", "token", "refuse", "arXiv:2402.01306, Eq. 8", separable=False, mismatched=True,
                 start=_kto),
+    "plackett-luce": Loss(lists.plackett_luce, "lists", "token", "refuse", "arXiv:2305.18290, appendix A.3; ties: Efron 1977",
+                          start=_orders),
+    "plackett-luce-breslow": Loss(lists.plackett_luce_breslow, "lists", "token", "refuse", "as plackett-luce; ties: Breslow 1974",
+                                  start=_breslow),
+    "plackett-luce-davidson": Loss(lists.plackett_luce_davidson, "lists", "token", "refuse", "arXiv:1810.12068 (Davidson-Luce)",
+                                   start=_davidson),
+    "lipo": Loss(lists.lipo, "lists", "token", "refuse", "arXiv:2402.01878 (LiPO-lambda)"),
+    "s-dpo": Loss(lists.s_dpo, "lists", "token", "refuse", "arXiv:2406.09215", start=_first),
 }
 
 
