@@ -82,7 +82,8 @@ def test_evaluates_kl_of_all_sequences():
     assert (weight * (k1 - 0.21789061) ** 2).sum() == pytest.approx(0.435748, abs=1e-5)
 
 
-HELD = {"wpo", "bco", "alpha-dpo", "beta-dpo"}  # parts of these carry no gradient by design: tests/test_losses.py holds them, test_equal.py runs them
+# Parts of these carry no gradient by design: tests/test_losses.py holds them, test_equal.py runs them.
+HELD = {"wpo", "bco", "alpha-dpo", "beta-dpo"}
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in HELD])
