@@ -90,7 +90,7 @@ def losses() -> list[str]:
     labels = {"swap": "soft or hard", "ignore": "only which side is likelier", "refuse": "hard"}
     for name, facts in loss_facts().items():
         given = ", ".join(f"`--loss.{argument.replace('_', '-')} {number:g}`" for argument, number in facts.arguments.items())
-        kind = "rankings" if facts.kind == "lists" else facts.kind
+        kind = "rankings" if facts.kind in ("lists", "orders") else facts.kind
         reference = "not needed" if facts.reference == "none" else "needed"
         lines.append(
             f"| [{name}](losses/{name}.md) | {given or 'none'} | {kind} | {reference} | {labels[facts.soft]} | {facts.source} |"

@@ -74,6 +74,14 @@ class Table:
     list_weight: Tensor
     record: Tensor
 
+    @property
+    def compares(self) -> Tensor:
+        """(L,) bool: lists of two tiers at least, `below` being one."""
+        count = torch.bincount(self.item_list, minlength=len(self.list_weight))
+        first = (count.cumsum(0) - count)[self.item_list]
+        other = self.item_list[self.item_tier != self.item_tier[first]]
+        return torch.bincount(other, minlength=len(self.list_weight)) > 0
+
     def to(self, device: torch.device | str) -> Table:
         return Table(**{k: v.to(device) for k, v in vars(self).items()})
 
@@ -122,8 +130,8 @@ class Step:
     """One optimiser step: its forward passes and the denominators of the whole step, so that any cut gives the same numbers.
 
     Args:
-        micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts' and
-            'lists' (sums of weights), 'responses', 'tokens' (targets).
+        micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts',
+            'lists' and 'orders', the lists that compare (sums of weights), 'responses', 'tokens' (targets).
     """
 
     micro: tuple[Batch, ...]
@@ -309,7 +317,9 @@ def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
     """The denominators of a step, by name."""
     return {"records": float(records), "pairs": float(sum(b.table.pair_weight.sum() for b in batches)),
             "verdicts": float(sum(b.table.verdict_weight.sum() for b in batches)),
-            "lists": float(sum(b.table.list_weight.sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
+            "lists": float(sum(b.table.list_weight.sum() for b in batches)),
+            "orders": float(sum(b.table.list_weight[b.table.compares].sum() for b in batches)),
+            "responses": float(sum(b.responses for b in batches)),
             "tokens": float(sum(len(b.target) for b in batches))}  # fmt: skip
 
 

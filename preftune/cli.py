@@ -237,7 +237,7 @@ def losses_help() -> str:
     lines += ["a = log pi - log ref of a response, summed; n its tokens; w the chosen, l the rejected one; ls = log sigmoid", ""]
     for name, facts in loss_facts().items():
         flags = "  ".join(f"--loss.{argument.replace('_', '-')} {default:g}" for argument, default in facts.arguments.items())
-        kind = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings"}[facts.kind]
+        kind = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings"}[facts.kind]
         labels = {"swap": "soft labels", "ignore": "", "refuse": "hard labels only"}[facts.soft]
         traits = [kind, "no reference" if facts.reference == "none" else "", labels]
         lines += _row(name, facts.formula, paint, 16)

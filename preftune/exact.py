@@ -127,7 +127,7 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     loss = LOSSES[name]
     reference = torch.from_numpy(np.log(problem.reference))
     length = torch.ones_like(reference) if lengths is None else torch.tensor(lengths, dtype=torch.float64)
-    if loss.kind == "lists":
+    if loss.kind in ("lists", "orders"):
         return _over_orders(loss, Side(log_policy, reference, length), problem.reward, prob, arguments)
     pairs = all_pairs(len(problem.reward)) if pairs is None else pairs
     i, j = torch.tensor(pairs).T

@@ -139,7 +139,8 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
 
     return Objective(
         name="+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name, _, _ in named), terms=terms,
-        metrics=_preference_metrics(named), reads=min((loss.kind for _, _, loss, _ in named), key=("lists", "pairs", "verdicts").index),
+        metrics=_preference_metrics(named),
+        reads=min((READS.get(loss.kind, loss.kind) for _, _, loss, _ in named), key=("lists", "pairs", "verdicts").index),
         reference="token" if "token" in needs else "none",
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
@@ -161,13 +162,15 @@ ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], T
     "verdicts": (lambda c, t: (c[t.verdict], t.verdict_good, _baseline(c, t)), lambda t: t.verdict_weight,
                  lambda t: [(good,) for good in t.verdict_good.tolist()]),
     "lists": (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes()),
+    "orders": (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight * t.compares, lambda t: _rankings(t).shapes()),
 }  # fmt: skip
+READS = {"orders": "pairs"}  # a list that compares is a list with pairs
 
 
 def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]) -> Callable[[Columns, Table], dict]:
     """TRL's names. Rewards are the first loss's beta (or tau) times what that loss reads; ties count half. Rankings add theirs."""
     _, _, loss, numbers = named[0]
-    listed = any(loss.kind == "lists" for _, _, loss, _ in named)
+    listed = any(loss.kind in ("lists", "orders") for _, _, loss, _ in named)
     scale = numbers.get("beta", numbers.get("tau", 1.0))
 
     def metrics(columns: Columns, table: Table) -> dict[str, Tensor]:

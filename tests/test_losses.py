@@ -23,6 +23,7 @@ from preftune.losses import LOSSES, Side, arguments, batchwise, lists, pairs, ve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pairs"]
+RANKED = [name for name, loss in LOSSES.items() if loss.kind in ("lists", "orders")]
 SOFT = [name for name, loss in LOSSES.items() if loss.soft == "swap"]
 SEPARABLE = [name for name in PAIRS if LOSSES[name].separable]
 BATCHWISE = [name for name in PAIRS if not LOSSES[name].separable]
@@ -130,7 +131,7 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
 def worked(name: str) -> tuple:
     if name in BATCHWISE:
         return (*pairs.WORKED, batchwise.ONES, *carried(name))
-    return {"pairs": pairs, "verdicts": verdicts, "lists": lists}[LOSSES[name].kind].WORKED
+    return {"pairs": pairs, "verdicts": verdicts}.get(LOSSES[name].kind, lists).WORKED
 
 
 def carried(name: str) -> tuple:
@@ -174,7 +175,7 @@ def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
         return LOSSES[name].function(chosen, rejected, torch.ones_like(chosen.policy), *carried(name), **numbers)
     if LOSSES[name].kind == "pairs":
         return LOSSES[name].function(chosen, rejected, **numbers)
-    if LOSSES[name].kind == "lists":
+    if name in RANKED:
         place = torch.arange(2 * len(chosen.policy))
         both = Side(*(torch.stack([getattr(chosen, k), getattr(rejected, k)], 1).flatten() for k in ("policy", "reference", "length")))
         return LOSSES[name].function(both, lists.Rankings(place // 2, place % 2), **numbers)
@@ -196,7 +197,7 @@ def test_the_sweeps_sweep():
 @pytest.mark.parametrize("name", LOSSES)
 def test_line_of_the_table(name):
     loss = LOSSES[name]
-    assert loss.kind in {"pairs", "verdicts", "lists"} and loss.reference in {"none", "token", "distribution"} and loss.source
+    assert loss.kind in {"pairs", "verdicts", "lists", "orders"} and loss.reference in {"none", "token", "distribution"} and loss.source
     assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision"}
     data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order"}
     free = loss.reference == "none" or name in data
@@ -283,7 +284,7 @@ def test_value_where_policy_is_reference(name):
     loss = LOSSES[name]
     for numbers in (arguments(name), {k: v if k == "keep" else 0.7 * v for k, v in arguments(name).items()}):
         if loss.kind != "verdicts":
-            shape = ((1, 1), 0) if loss.kind == "lists" else ()
+            shape = ((1, 1), 0) if name in RANKED else ()
             values, start = items(name, chosen, rejected, **numbers), [loss.start(numbers, *shape)] * 6
         else:
             flags = [True, False] * 3
@@ -322,7 +323,7 @@ def test_gradient(name, monkeypatch):
     """
     rng = np.random.default_rng(1)
     theta = torch.tensor(np.log(exact.B4.reference) + rng.normal(size=4))
-    for prob in (None, [1.0] * (24 if LOSSES[name].kind == "lists" else 6)):
+    for prob in (None, [1.0] * (24 if name in RANKED else 6)):
 
         def value(t: Tensor, prob=prob) -> Tensor:
             return exact.population_loss(name, t.log_softmax(-1), exact.B4, lengths=[1, 2, 3, 5], prob=prob)

@@ -41,7 +41,8 @@ def ls(z: float) -> float:
 
 
 def value(objective, table_: Table, **totals: float) -> float:
-    own = {"pairs": float(table_.pair_weight.sum()), "lists": float(table_.list_weight.sum()), "tokens": 18.0,
+    own = {"pairs": float(table_.pair_weight.sum()), "lists": float(table_.list_weight.sum()),
+           "orders": float(table_.list_weight[table_.compares].sum()), "tokens": 18.0,
            "verdicts": float(table_.verdict_weight.sum())}  # fmt: skip
     return float(total(objective.terms(COLUMNS, table_), own | totals))
 
@@ -112,7 +113,7 @@ def test_rankings_have_votes_and_their_own_denominator():
     tie = math.log((math.e + 1 + math.exp(-0.5)) * ((math.e + 1) / 2 + math.exp(-0.5)) / math.e)
     assert value(pl, table(lists=(one, two))) == pytest.approx((3 * -ls(1.0) + tie) / 4)
     s_dpo = preference([(1.0, "s-dpo", {"beta": 0.5})])
-    assert value(s_dpo, table(lists=(one, two)), lists=8.0) == pytest.approx((3 * -ls(1.0) - ls(1.5) - ls(0.5)) / 8)
+    assert value(s_dpo, table(lists=(one, two)), orders=8.0) == pytest.approx((3 * -ls(1.0) - ls(1.5) - ls(0.5)) / 8)
     mixed = preference([(0.5, "sigmoid", {}), (2.0, "kto", {}), (1.0, "plackett-luce", {})])
     assert pl.reads == mixed.reads == "lists" and pl.separable and not mixed.separable
     said = table(lists=(one, two), verdicts=(0, 1), good=(True, False), votes=(1.0, 1.0))

@@ -36,7 +36,8 @@ class Loss:
         function: per-item, unreduced. kind 'pairs': `f(chosen: Side, rejected: Side, *, ...) -> (B,)`, with a third `weight: (B,)`
             where it is not separable and a fourth, what was carried, where it carries; kind 'verdicts':
             `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`; kind 'lists':
-            `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`.
+            `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`; kind 'orders': the same, 0 for a list of one tier, whose votes
+            do not count in the mean.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
         soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
@@ -210,8 +211,8 @@ LOSSES: Mapping[str, Loss] = {
                                   start=_breslow),
     "plackett-luce-davidson": Loss(lists.plackett_luce_davidson, "lists", "token", "refuse", "arXiv:1810.12068 (Davidson-Luce)",
                                    start=_davidson),
-    "lipo": Loss(lists.lipo, "lists", "token", "refuse", "arXiv:2402.01878 (LiPO-lambda)"),
-    "s-dpo": Loss(lists.s_dpo, "lists", "token", "refuse", "arXiv:2406.09215", start=_first),
+    "lipo": Loss(lists.lipo, "orders", "token", "refuse", "arXiv:2402.01878 (LiPO-lambda)"),
+    "s-dpo": Loss(lists.s_dpo, "orders", "token", "refuse", "arXiv:2406.09215", start=_first),
 }
 
 

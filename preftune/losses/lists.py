@@ -155,7 +155,7 @@ def lipo(side: Side, rankings: Rankings, *, beta: float = 0.05) -> Tensor:
     """LiPO-lambda: sum over i better than j of |G_i - G_j| |1/D_i - 1/D_j| (-ls(s_i - s_j)).  arXiv:2402.01878.
 
     G = 2^psi - 1, psi the share of the list's other responses that i beats, a tie half: the data have tiers where the paper has scores.
-    D = log(1 + rank), rank by the model's own s, best 1; equal scores rank as the data say. The weights carry no gradient.
+    D = log(1 + rank), rank by the model's own s, best 1; equal scores rank as the data say. Ranks carry no gradient.
     p = 2, 1.414, 1 at beta .05, ranks 1, 2, 3: .585786 * .532456 ln 1.7071 + .721348 ln 1.5 + .414214 * .188891 ln 1.7071 = .501132;
     psi = .75, .75, 0 and ranks 2, 3, 1: .681793 (.532456 ln 2.4142 + .721348 ln 3);
     psi = 1, .25, .25 and ranks 3, 2, 1: .810793 (.188891 ln 2.4142 + .721348 ln 3).
@@ -164,12 +164,12 @@ def lipo(side: Side, rankings: Rankings, *, beta: float = 0.05) -> Tensor:
     tensor([0.5011, 0.8603, 0.7775], dtype=torch.float64)
     """
     other, there = rankings.others()
-    level, score = rankings.level, side.ratio.detach()
+    level, score = rankings.level, side.ratio
     better, equal = there & (level[:, None] < level[other]), there & (level[:, None] == level[other])
-    psi = (better.sum(1) + 0.5 * equal.sum(1)).to(score) / there.sum(1)
+    psi = (better.sum(1) + 0.5 * equal.sum(1)).to(score.dtype) / there.sum(1)
     above, same = there & (score[other] > score[:, None]), there & (score[other] == score[:, None])
     rank = 1 + (above | (same & ~better & ~equal)).sum(1) + 0.5 * (same & equal).sum(1)
-    gain, discount = 2**psi - 1, 1 / (1 + rank).to(score).log()
+    gain, discount = 2**psi - 1, 1 / (1 + rank).to(score.dtype).log()
     weight = (gain[:, None] - gain[other]).abs() * (discount[:, None] - discount[other]).abs()
     items, places = torch.nonzero(better, as_tuple=True)
     margin = beta * (side.ratio[items] - side.ratio[other[items, places]])
