@@ -58,7 +58,8 @@ SLOW_FOR_HELP = (*TENSOR_LIBRARIES, "numpy", "scipy", "matplotlib", "jinja2")
 # Lines of Python per room. Growth past a line here is raised in the same commit, with the reason in its message.
 # The design hoped for 8,000 lines of the whole. A quarter of what is here are docstrings with shapes, errors and sources, and every
 # input has its refusal; docs/decisions.md says what was measured.
-BUDGET_TOTAL = 15200  # with the ratings, rankings as lists in the losses, what a resumed run compares and refuses, and records in two passes (intake)
+# With the ratings, rankings as lists in the losses, what a resumed run compares and refuses, and records in two passes (intake).
+BUDGET_TOTAL = 15200
 BUDGET_DEFAULT = 400
 BUDGET: dict[str, int] = {
     "pipeline": 540,  # a run from files to report, which sft and dpo share
