@@ -161,8 +161,8 @@ def _rankings(table: Table) -> Rankings:
 ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], Tensor], Callable[[Table], list[tuple]]]] = {
     "verdicts": (lambda c, t: (c[t.verdict], t.verdict_good, _baseline(c, t)), lambda t: t.verdict_weight,
                  lambda t: [(good,) for good in t.verdict_good.tolist()]),
-    "lists": (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes()),
-    "orders": (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight * t.compares, lambda t: _rankings(t).shapes()),
+    **dict.fromkeys(("lists", "orders"),  # orders: a list of one tier is 0, and only their denominators differ
+                    (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes())),
 }  # fmt: skip
 READS = {"orders": "pairs"}  # a list that compares is a list with pairs
 
