@@ -228,6 +228,11 @@ class _Layout:
     end_id: int
     trimmed: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token after the prompt is trained."""
+        return len(self.spans) == 1 and self.spans[0][1] == len(self.text)
+
 
 def _end_token(codec: Codec, suffix: str) -> int:
     """The template's end-of-turn token: the first control token after an answer, else EOS."""
@@ -341,13 +346,12 @@ def _response_ids(
 ) -> tuple[list[int], list[bool], str]:
     """Ids of one answer, which of them are trained, and how they were found. Raises DataError('boundary')."""
     size, text = len(prompt_ids), _swap(codec, layout.text, control=False)
-    split = text != layout.text
-    if joint.ids[:size] == prompt_ids:
-        ids, offsets, case = joint.ids[size:], joint.offsets[size:], "joint"
+    split, ids, begin = text != layout.text, joint.ids, 0
+    if ids[:size] == prompt_ids:
+        ids, case = ids[size:], "joint"
     else:  # a token straddles the boundary: encode the answer apart, and only if the text survives
-        alone = _read(codec, layout.text[len(prompt) :], apart=True, split=split)
-        ids, case = alone.ids, "apart"
-        offsets = [(a + len(prompt), b + len(prompt)) for a, b in alone.offsets]
+        joint, begin, size = _read(codec, layout.text[len(prompt) :], apart=True, split=split), len(prompt), 0
+        ids, case = joint.ids, "apart"
     if codec.backend.decode(prompt_ids + ids, skip_special_tokens=False) != text:
         raise DataError(
             "the tokeniser cannot reproduce this text (an unknown character, or a normaliser that changes it)", field="responses"
@@ -355,9 +359,9 @@ def _response_ids(
     if split:
         case += "+split"
         _require_control(codec, prompt_ids + ids, layout.text, "responses")
-    if len(layout.spans) == 1 and layout.spans[0][1] == len(layout.text):
+    if layout.whole:
         return ids, [True] * len(ids), case
-    trained = [any(a >= start and b <= stop for start, stop in layout.spans) for a, b in offsets]
+    trained = [any(a + begin >= start and b + begin <= stop for start, stop in layout.spans) for a, b in joint.offsets[size:]]
     return ids, trained, case
 
 
@@ -410,7 +414,9 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
             split = any(_swap(codec, layout.text, control=False) != layout.text for layout in layouts)
             laid.append((record, prompt, layouts, split))
             texts += [] if split else [prompt, *(layout.text for layout in layouts)]
-        encodings = iter(codec.backend.encode_batch(texts, add_special_tokens=False))
+        whole = all(layout.whole for item in laid if len(item) == 4 for layout in item[2])  # then nobody asks where a token stands
+        read = codec.backend.encode_batch_fast if whole else codec.backend.encode_batch
+        encodings = iter(read(texts, add_special_tokens=False))
         for item in laid:
             record = item[0]
             if len(item) == 2:

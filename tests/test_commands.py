@@ -88,8 +88,8 @@ class World:
             assert code == 0, out
             language = "zh" if "zh" in words else "en"
             train, held = grammar.split(language, 0)
-            write_judged(folder / "pairs.jsonl", language, train[:16])
-            write_judged(folder / "held_out.jsonl", language, held[:4])
+            write_judged(folder.parent / "pairs.jsonl", language, train[:16])
+            write_judged(folder.parent / "held_out.jsonl", language, held[:4])
             self.printed[key] = out.replace(str(folder), "runs/demo")
         return folder, self.printed[key]
 
@@ -100,6 +100,13 @@ def write_judged(path: Path, language: str, prompts: list[str]) -> None:
     spoken = [[(reply.text, True) for reply in chance.sample(grammar.replies(language, prompt), 8)] for prompt in prompts]
     records = [record for prompt, replies in zip(prompts, spoken, strict=True) for record in demo._group(language, prompt, replies, chance)]
     path.write_text("".join(json.dumps(to_json(record), ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def copy_demo(folder: Path, target: Path) -> None:
+    """The demo with judged pairs of our own. Those that it was trained on stay where they are: its run can be resumed."""
+    copy(folder, target)
+    for name in ("pairs.jsonl", "held_out.jsonl"):
+        copy(folder.parent / name, target / name)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -113,7 +120,7 @@ def stand_in(name: str, world: World, patch: pytest.MonkeyPatch) -> bool:
     if name in ("MODEL", "path/to/model"):
         copy(world.demo([], patch)[0] / "base", place)
     elif name.startswith("runs/demo"):
-        copy(world.demo([], patch)[0], Path("runs/demo"))
+        copy_demo(world.demo([], patch)[0], Path("runs/demo"))
     elif name.startswith("runs/lora"):  # a finished run with adapters
         source = make.write_pairs(Path("pairs-of-lora.jsonl"), 12)
         code, out = run(["dpo", "--model", str(world.demo([], patch)[0] / "base"), "--data", str(source), "--output", "runs/lora",
@@ -127,6 +134,8 @@ def stand_in(name: str, world: World, patch: pytest.MonkeyPatch) -> bool:
         make.write_pairs(place, 8, seed=1)
     elif name == "prompts.txt":
         place.write_text("Customer: Hello. My phone has frozen.\nCustomer: Hi there. My radio is too hot.\n")
+    elif name == "games.csv":
+        place.write_text("winner,loser\nann,bob\nbob,cat\ncat,ann\nann,cat\nbob,ann\n")
     elif name == "pairs.csv":
         place.write_text("prompt,chosen,rejected\n2+2=,4,5\n2+3=,5,6\n")
     return place.exists()
@@ -180,7 +189,7 @@ def do(step: Step, world: World, patch: pytest.MonkeyPatch) -> tuple[int, str, b
     if program == "preftune" and words[0] == "demo":
         i = words.index("--output") if "--output" in words else len(words)
         folder, printed = world.demo(words[1:i] + words[i + 2 :], patch)
-        copy(folder, Path("".join(words[i + 1 : i + 2]) or "runs/demo"))
+        copy_demo(folder, Path("".join(words[i + 1 : i + 2]) or "runs/demo"))
         return 0, printed, True
     if program == "preftune":
         return *run(words, stdin), bool(put)
