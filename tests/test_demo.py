@@ -1,21 +1,27 @@
-"""The demo does what it says: one whole run at its real settings, and a short one in Chinese on settings meant to break."""
+"""The demo does what it says: a whole run on a shrunken recipe, and a short one in Chinese on settings meant to break.
+
+What the real recipe gives, seed by seed, is measured in docs/demo.md.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from preftune import grammar
-from preftune.config import Demo
+from preftune import cli, grammar
+from preftune.config import Demo, Dpo
 from preftune.errors import UsageError
 from preftune.formats import read
 from preftune.records import Message, Record, Response
 from preftune.stages import demo
 from preftune.tokens import encode, encode_prompt, make_codec
+
+SHORT = replace(demo.RECIPE, sft_steps=500, samples=16)
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +30,15 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_whole_demo(tmp_path, capsys):
-    """Fewer than 2% unparsable at the start, at most 3% after, reward up by an interval, below pi* and most of the way there."""
+    """Every step of it on a quarter of the training and a third of the samples: the exact rows, the report, the lines, the folders."""
     folder = tmp_path / "demo"
-    assert demo.run(Demo(output=str(folder), threads=1)) == 0
+    assert demo.run(Demo(output=str(folder), threads=1), SHORT) == 0
     told = json.loads((folder / "demo.json").read_text())
     before, after, best = told["rows"]
-    assert before["unparsable"]["mean"] < 0.02 and after["unparsable"]["mean"] <= 0.03
+    assert told["recipe"] == vars(SHORT) and before["unparsable"]["mean"] < 0.1 and best["unparsable"]["mean"] < 0.01
     assert after["reward"]["low"] > before["reward"]["high"] and after["reward"]["high"] < best["reward"]["low"]
-    gained = (after["reward"]["mean"] - before["reward"]["mean"]) / (best["reward"]["mean"] - before["reward"]["mean"])
-    assert gained > 0.4 and 0 < after["kl"]["mean"] < best["kl"]["mean"] and best["unparsable"]["mean"] < 1e-3
+    assert 0 < after["kl"]["mean"] < best["kl"]["mean"]
     results = json.loads((folder / "dpo" / "results.json").read_text())
-    assert results["paired_reward"]["low"] > 0
     # The estimate on fresh samples agrees with the sum over all replies.
     drawn = results["after"]
     assert abs(drawn["kl_sequence_rb"] - after["kl"]["mean"]) < 5 * drawn["kl_sequence_rb_se"] + 0.02
@@ -46,6 +50,29 @@ def test_the_whole_demo(tmp_path, capsys):
     assert len(read([folder / "pairs.jsonl"]).records) > 200
     with pytest.raises(UsageError, match="not empty"):
         demo.run(Demo(output=str(folder)))
+
+
+@pytest.mark.parametrize("recipe", [demo.RECIPE, demo.BREAK])
+def test_again_is_the_command_that_was_run(recipe):
+    """The last line printed, as the command line reads it, has the settings of the recipe and not those of another."""
+    *_, line = demo._lines([], recipe, Path("runs/demo"), Path("report.html"))
+    _, words = cli.split_verb(shlex.split(line)[2:])
+    given, _ = cli.read_words(words, Dpo)
+    found = tuple(given[name][0] for name in ("loss", "beta", "lr", "batch_size"))
+    assert found == (recipe.loss, recipe.beta, recipe.rate, recipe.batch)
+
+
+def test_the_report_says_how_much_of_the_optimum_was_reached():
+    """Golden numbers: -0.4 -> 0.6 of 1.6 is 50%; at beta 0.5, KL 0.4 and 1.6, the objective goes -0.4 -> 0.4 of 0.8: 67%."""
+    rows = [{"model": m, **{k: {"mean": v, "low": v, "high": v} for k, v in zip(("reward", "kl", "unparsable"), values, strict=True)}}
+            for m, values in (("before", (-0.4, 0, 0.01)), ("after DPO", (0.6, 0.4, 0.25)), ("optimum pi*", (1.6, 1.6, 0)))]  # fmt: skip
+    results = {"before": {"sample_length": 16.0}, "after": {"sample_length": 21.5, "eval/displacement": -3.25}}
+    recipe = replace(demo.BREAK, beta=0.5)
+    (plain,) = demo._extra(rows, recipe, Demo(), results)["paragraphs"]
+    assert "by +1.00, 50% of the way" in plain and "it has 67%" in plain
+    broken = " ".join(demo._extra(rows, recipe, Demo(break_=True), results)["paragraphs"])
+    assert "beta 0.5" in broken and "learning rate of 0.002" in broken and "lost 3.2 nats" in broken
+    assert "1.0% before, 25.0% after" in broken and "16.0 tokens a sampled reply before, 21.5 after" in broken
 
 
 def test_a_short_chinese_demo_on_breaking_settings(tmp_path):

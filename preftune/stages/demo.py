@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from .dpo import run as run_dpo
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the demo, chosen over four seeds in both languages (docs/demo.md). `BREAK` turns the levers the wrong way.
+    """Settings of the demo; docs/demo.md has the seeds that were measured. `BREAK` turns the levers the wrong way.
 
     Args:
         width, inner: size of the two-layer model. sft_steps, sft_batch, sft_rate: training from scratch; 4 replies a record.
@@ -108,7 +109,7 @@ def run(options: Demo, recipe: Recipe | None = None) -> int:
     write_json(folder / "demo.json", {"rows": rows, "recipe": asdict(recipe), "seconds": time.monotonic() - began, "seed": options.seed,
                                       "language": language})  # fmt: skip
     say(f"5/5 {time.monotonic() - began:.0f} seconds in all")
-    for line in _lines(rows, folder, page):
+    for line in _lines(rows, recipe, folder, page):
         print(line)
     return 0
 
@@ -269,10 +270,10 @@ def _extra(rows: list[dict[str, Any]], recipe: Recipe, options: Demo, results: d
     return {"title": "Beside the exact optimum", "paragraphs": said, "tables": [shown]}
 
 
-def _lines(rows: list[dict[str, Any]], folder: Path, page: Path) -> list[str]:
+def _lines(rows: list[dict[str, Any]], recipe: Recipe, folder: Path, page: Path) -> list[str]:
     table = [list(HEADS), *_table(rows)]
     width = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
     lines = ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in table), ""]
     return [*lines, f"report   {page}", f"talk     preftune chat {folder}/dpo {folder}/base",
             f"again    preftune dpo --model {folder}/base --data {folder}/pairs.jsonl --output runs/first "
-            "--beta 0.3 --lr 1e-3 --batch-size 4"]  # fmt: skip
+            f"--loss {shlex.quote(recipe.loss)} --beta {recipe.beta:g} --lr {recipe.rate:g} --batch-size {recipe.batch}"]  # fmt: skip
