@@ -1,6 +1,6 @@
-"""The demo does what it says: a whole run on a shrunken recipe, and a short one in Chinese on settings meant to break.
+"""The demo does what it says: one whole run at its real settings, and a short one in Chinese on settings meant to break.
 
-What the real recipe gives, seed by seed, is measured in docs/demo.md.
+What other seeds give is measured in docs/demo.md.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from preftune.records import Message, Record, Response
 from preftune.stages import demo
 from preftune.tokens import encode, encode_prompt, make_codec
 
-SHORT = replace(demo.RECIPE, sft_steps=500, samples=16)
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -30,15 +28,17 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_whole_demo(tmp_path, capsys):
-    """Every step of it on a quarter of the training and a third of the samples: the exact rows, the report, the lines, the folders."""
+    """Fewer than 2% unparsable at the start, at most 3% after, reward up by an interval, below pi* and most of the way there."""
     folder = tmp_path / "demo"
-    assert demo.run(Demo(output=str(folder), threads=1), SHORT) == 0
+    assert demo.run(Demo(output=str(folder), threads=1)) == 0
     told = json.loads((folder / "demo.json").read_text())
     before, after, best = told["rows"]
-    assert told["recipe"] == vars(SHORT) and before["unparsable"]["mean"] < 0.1 and best["unparsable"]["mean"] < 0.01
+    assert before["unparsable"]["mean"] < 0.02 and after["unparsable"]["mean"] <= 0.03
     assert after["reward"]["low"] > before["reward"]["high"] and after["reward"]["high"] < best["reward"]["low"]
-    assert 0 < after["kl"]["mean"] < best["kl"]["mean"]
+    gained = (after["reward"]["mean"] - before["reward"]["mean"]) / (best["reward"]["mean"] - before["reward"]["mean"])
+    assert gained > 0.4 and 0 < after["kl"]["mean"] < best["kl"]["mean"] and best["unparsable"]["mean"] < 1e-3
     results = json.loads((folder / "dpo" / "results.json").read_text())
+    assert results["paired_reward"]["low"] > 0
     # The estimate on fresh samples agrees with the sum over all replies.
     drawn = results["after"]
     assert abs(drawn["kl_sequence_rb"] - after["kl"]["mean"]) < 5 * drawn["kl_sequence_rb_se"] + 0.02
