@@ -53,7 +53,7 @@ class Recipe:
     inner: int = 128
     sft_steps: int = 2000
     sft_batch: int = 16
-    sft_rate: float = 1e-2
+    sft_rate: float = 5e-3
     samples: int = 48
     group: int = 8
     beta: float = 0.3
