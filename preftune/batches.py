@@ -11,7 +11,7 @@ prompt-end state: gathered, never shifted. `batch_size` counts records; `micro_t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
@@ -132,11 +132,13 @@ class Step:
     Args:
         micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts',
             'lists' and 'orders', the lists that compare (sums of weights), 'responses', 'tokens' (targets).
+        again: tokens a pass -> the same step in smaller passes, where it is known.
     """
 
     micro: tuple[Batch, ...]
     records: tuple[int, ...]
     totals: Mapping[str, float]
+    again: Callable[[int], Step] | None = None
 
 
 @lru_cache(maxsize=2)

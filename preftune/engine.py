@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class State:
         carry: what the objective carries from step to step, by name; empty before the first.
         watch: what `watch_held_out` keeps; empty before the first evaluation.
         normal: the latest losses that were no spikes. level: their size at the beginning, 0 until it is known. leaps: spikes in a row.
+        micro_tokens: tokens of the passes that later steps are cut into, once one did not fit; 0 before that.
         moving: a reference that follows the policy, or None: the batches' reference column stands.
     """
 
@@ -57,6 +59,7 @@ class State:
     normal: list[float] = field(default_factory=list)
     level: float = 0.0
     leaps: int = 0
+    micro_tokens: int = 0
     moving: reference.Moving | None = None
 
 
@@ -138,17 +141,22 @@ def auto_rate(parameters: int, *, lora: bool, supervised: bool = False) -> tuple
 def steps(store: Store, records: np.ndarray, order: Order, *, start: int, total: int, micro_tokens: int, columns: Mapping[str, np.ndarray],
           share: bool, device: str) -> Iterator[Step]:  # fmt: skip
     """The optimiser steps `start` to `total` of a run: each a function of the order and its number alone."""
+
+    def cut(index: int, size: int) -> Step:
+        step = make_step(store, records[order.records_of(index)], micro_tokens=size, columns=columns, share=share)
+        return replace(step, micro=tuple(b.to(device) for b in step.micro), again=partial(cut, index))
+
     for index in range(start, total):
-        chosen = records[order.records_of(index)]
-        step = make_step(store, chosen, micro_tokens=micro_tokens, columns=columns, share=share)
-        yield Step(tuple(b.to(device) for b in step.micro), step.records, step.totals)
+        yield cut(index, micro_tokens)
 
 
-def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = (),
+          auto_micro: bool = False) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Take every step; yield its metrics after the weights have moved.
 
     Args:
         where: per store record its 'file:line', to name the records of a step that went wrong.
+        auto_micro: take a step that does not fit again in passes of half the size, and all later ones in such passes.
 
     Raises:
         NumericsError: the loss or the gradient norm is not finite; weights and optimiser are as before the step.
@@ -159,16 +167,12 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         lr = state.rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        for tensor in (*state.weights.values(), *state.masters.values()):
-            tensor.grad = None
-        try:
-            if state.moving:
-                step = replace(step, micro=tuple(reference.live(state.moving, batch) for batch in step.micro))
-            loss, sums, carry = accumulate(state, step, objective)
-        except (RuntimeError, MemoryError) as error:
-            if not is_memory(error):
-                raise
-            raise OutOfMemoryError(f"step {state.step + 1}: {_too_large(error, step)}") from error
+        failed, step = list[int](), _cut(state, step)
+        while (got := _attempt(state, step, objective, auto_micro=auto_micro)) is None:
+            failed.append(_largest(step))
+            state.micro_tokens = _halved(step)
+            step = _cut(state, step)
+        loss, sums, carry = got
         norm = _norm(list(state.masters.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite, so the step was not taken. "
@@ -187,7 +191,40 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         leap: dict[str, Any] = {} if limit is None else {"spike_limit": limit, "spike_records": [_name(r, where) for r in step.records]}
         sums |= {f"carry/{name}": value for name, value in carry.items()}
         yield {"step": state.step, "loss": loss, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
-               "tokens_per_second": tokens / seconds, "seconds": state.seconds, **leap}  # fmt: skip
+               "tokens_per_second": tokens / seconds, "seconds": state.seconds, **leap,
+               **({"micro_tokens": state.micro_tokens} if state.micro_tokens else {}),
+               **({"did_not_fit": failed} if failed else {})}  # fmt: skip
+
+
+def _largest(step: Step) -> int:
+    return max(len(b.tokens) for b in step.micro)
+
+
+def _halved(step: Step) -> int:
+    """Half of the step's largest pass of several records; 0 where each stands alone: a record is never cut."""
+    return max((len(b.tokens) for b in step.micro if len(b.table.record.unique()) > 1), default=0) // 2
+
+
+def _cut(state: State, step: Step) -> Step:
+    """The step in passes of the size that memory was found to hold."""
+    return step.again(state.micro_tokens) if state.micro_tokens and step.again and _largest(step) > state.micro_tokens else step
+
+
+def _attempt(state: State, step: Step, objective: Objective, *,
+             auto_micro: bool) -> tuple[float, dict[str, float], dict[str, float]] | None:  # fmt: skip
+    """What `accumulate` returns; None where the step did not fit and smaller passes can be tried. Raises OutOfMemoryError."""
+    for tensor in (*state.weights.values(), *state.masters.values()):
+        tensor.grad = None
+    try:
+        if state.moving:
+            step = replace(step, micro=tuple(reference.live(state.moving, batch) for batch in step.micro))
+        return accumulate(state, step, objective)
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        if not (auto_micro and step.again and _halved(step)):
+            raise OutOfMemoryError(f"step {state.step + 1}: {_too_large(error, step)}") from error
+    return None  # outside the except, whose traceback keeps the tensors of the pass alive
 
 
 def _name(record: int, where: Sequence[str]) -> str:
@@ -240,7 +277,7 @@ def _too_large(error: BaseException, step: Step) -> str:
     """The pass that did not fit, what it needed, and which option to lower to what. One record is never cut."""
     sizes = [(len(b.tokens), len(b.table.record.unique())) for b in step.micro]
     largest, records = max(sizes)
-    advice = f"--micro-tokens {largest // 2} (never changes the result) or --gradient-checkpointing"
+    advice = f"--micro-tokens {largest // 2} or --auto-micro (neither changes the result), or --gradient-checkpointing"
     if records == 1:
         advice = f"one record is that long: --gradient-checkpointing, --max-length {largest // 2} or --lora 16"
     return f"{largest} tokens in one pass did not fit ({_needed(error)}); {advice}"
@@ -344,7 +381,8 @@ def state_tensors(state: State) -> dict[str, dict[str, Tensor]]:
 def state_numbers(state: State) -> dict[str, Any]:
     """The run's counters."""
     return {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, "carry": state.carry,
-            "watch": state.watch, "normal": state.normal, "level": state.level, "leaps": state.leaps}  # fmt: skip
+            "watch": state.watch, "normal": state.normal, "level": state.level, "leaps": state.leaps,
+            "micro_tokens": state.micro_tokens}  # fmt: skip
 
 
 def restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
@@ -375,5 +413,6 @@ def restore(state: State, weights: Mapping[str, Tensor], moments: Mapping[str, T
         state.optimizer.state[state.masters[name]][slot] = int(value) if plain else value.clone()
     state.step, state.tokens, state.seconds = int(numbers["step"]), int(numbers["tokens"]), float(numbers["seconds"])
     state.normal, state.level, state.leaps = list(numbers["normal"]), numbers["level"], numbers["leaps"]
+    state.micro_tokens = int(numbers["micro_tokens"])
     state.carry = {name: float(value) for name, value in numbers["carry"].items()}
     state.watch = dict(numbers["watch"])

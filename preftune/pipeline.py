@@ -345,13 +345,11 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
         steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=state.step if over() else total,
                              micro_tokens=options.micro_tokens, columns=setup.columns, share=packs(setup.model),
                              device=setup.device)  # fmt: skip
-        for line in engine.train(state, steps, setup.objective, where=setup.store.where):
+        for line in engine.train(state, steps, setup.objective, where=setup.store.where, auto_micro=options.auto_micro):
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
             track(line)
-            if "spike_records" in line:
-                say(f"step {state.step}: the loss leapt to {line['loss']:.4g} (above {line['spike_limit']:.4g} is no noise); its records: "
-                    f"{engine.some(line['spike_records'])}")  # fmt: skip
+            announce(line)
             advance(state.step, total, f"loss {line['loss']:.4f}")
             lowest = (state.step % every == 0 or state.step == total) and evaluate()
             if state.step % save_every == 0 or state.step == total or lowest or over():
@@ -361,6 +359,17 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
                 break
             stop.check(save, task.verb, folder)
     return _finish(task, options, folder, setup, state, metrics, samples)
+
+
+def announce(line: Mapping[str, Any]) -> None:
+    """Say what was out of the ordinary in a step."""
+    if "did_not_fit" in line:
+        sizes = ", then ".join(map(str, line["did_not_fit"]))
+        say(f"step {line['step']}: {sizes} tokens in one pass did not fit: taken in passes of {line['micro_tokens']}, as will be all "
+            "later steps")  # fmt: skip
+    if "spike_records" in line:
+        say(f"step {line['step']}: the loss leapt to {line['loss']:.4g} (above {line['spike_limit']:.4g} is no noise); its records: "
+            f"{engine.some(line['spike_records'])}")  # fmt: skip
 
 
 def publishes_best(options: Training) -> bool:
