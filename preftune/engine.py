@@ -317,7 +317,7 @@ def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, d
             part.backward()
         else:
             torch.autograd.backward(*zip(*((x, slope[name]) for name, x in _columns(scored) if x.requires_grad), strict=True))
-        _collect(state)
+        collect(state)
     whole, table = join_columns(columns), join([b.table for b in step.micro])
     terms = objective.terms(whole, table, carry)
     if several:
@@ -342,7 +342,7 @@ def _column_slopes(model: Any, step: Step, objective: Objective, carry: Mapping[
     return [{name: next(slopes) for name, _ in _columns(c)} for c in columns]
 
 
-def _collect(state: State) -> None:
+def collect(state: State) -> None:
     """Add gradients of weights in a short format to their fp32 masters."""
     for name, weight in state.weights.items():
         master = state.masters[name]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import adapters, checkpoints, engine, intake, models, reference, report, runs, selfcheck, trackers
+from . import adapters, checkpoints, engine, estimate, intake, models, reference, report, runs, selfcheck, trackers
 from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
@@ -30,7 +30,7 @@ from .records import Record, Text
 from .rewards import rule
 from .screen import bar, clean, say
 from .store import Store
-from .tokens import Codec, make_codec
+from .tokens import Codec, encode_prompt, make_codec
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Setup:
     lr: float
     device: str
     manifest: dict[str, Any]
+    meter: estimate.Meter
 
 
 def run(task: Task, options: Training) -> int:
@@ -151,6 +152,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     taken = intake.read_records(task, options, work)
     facts = taken.facts
     say(f"read {facts['read']} records ({facts['layout']})")
+    meter = estimate.meter(device)
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     size = models.parameters_of(model)
     if options.adapter == "continue":
@@ -211,8 +213,26 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
     }  # fmt: skip
     prompts = intake.prompts_to_sample(taken, kept, store, held, options, window)
-    return Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
-                 manifest)  # fmt: skip
+    setup = Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
+                  manifest, meter)  # fmt: skip
+    manifest["memory"] = memory(setup, options)
+    return setup
+
+
+def memory(setup: Setup, options: Training) -> dict[str, int] | None:
+    """What the run will need, told; None for an architecture whose passes hang on more than shapes. Raises OutOfMemoryError."""
+    total = min(options.max_steps or setup.order.steps, setup.order.steps)
+    prompts = [len(encode_prompt(setup.codec, prompt)) for prompt in setup.prompts]
+    try:
+        needs = estimate.foresee(setup.model, setup.frozen, setup.store, setup.train, setup.held, setup.order, total=total,
+                                 micro_tokens=options.micro_tokens, optimiser=options.optimiser, prompts=prompts,
+                                 sample_tokens=options.sample_tokens, samples=options.eval_samples, device=setup.device)  # fmt: skip
+    except (RuntimeError, ValueError, TypeError) as error:  # the meta device has no values to branch on
+        say(f"memory: not estimated for {type(setup.model).__name__}: {clean(str(error).splitlines()[0])[:120]}")
+        return None
+    say(estimate.describe(needs))
+    estimate.require(needs, setup.device, checkpointing=options.gradient_checkpointing)
+    return needs.numbers()
 
 
 def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | None, dict[str, Any]]:
@@ -435,6 +455,7 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
         "published": {"step": published, "why": "best" if publishes_best(options) else "last"},
         "stopped_early": {**state.watch, "patience": options.patience, "min_improvement": options.min_improvement} if early else None,
+        "memory": (setup.manifest["memory"] or {}) | {"peak": setup.meter.peak()},
         "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
     }  # fmt: skip
     write_json(folder / "results.json", results)

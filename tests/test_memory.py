@@ -1,7 +1,8 @@
-"""Memory: a step that does not fit is taken in smaller passes, with the same loss."""
+"""Memory: foreseen from shapes, refused where it is not there; a step that does not fit is taken in smaller passes, with the same loss."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from test_dpo import same_run
 
-from preftune import engine, models, reference, runs
-from preftune.batches import Order
+from preftune import engine, estimate, models, reference, runs
+from preftune.batches import Order, make_batch
 from preftune.config import Dpo
 from preftune.errors import OutOfMemoryError
 from preftune.objectives import preference
+from preftune.readout import hidden_states, token_logps
 from preftune.stages import dpo
 
 
@@ -115,7 +117,10 @@ def test_a_resumed_run_keeps_the_smaller_passes_to_the_same_bits(tmp_path, monke
     dpo.run(options)
     whole = [row for row in runs.Log(Path(options.output) / "metrics.jsonl").rows() if "loss" in row]
     assert "micro_tokens" not in whole[0] and whole[1]["did_not_fit"] and all(row["micro_tokens"] <= 100 for row in whole[1:])
-    assert "tokens in one pass did not fit: taken in passes of" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "tokens in one pass did not fit: taken in passes of" in said and "memory: about " in said
+    found = json.loads((Path(options.output) / "results.json").read_text())["memory"]
+    assert found["estimated"] > found["step"] > 0 and found["peak"] > 0
     assert all(size <= 100 for step, size in asked if step > 1)
 
     stopped = replace(options, output=str(tmp_path / "stopped"), max_steps=None)
@@ -132,3 +137,109 @@ def test_a_resumed_run_keeps_the_smaller_passes_to_the_same_bits(tmp_path, monke
     asked.clear()
     dpo.run(Dpo(resume=stopped.output))
     same_run(Path(options.output), Path(stopped.output))
+
+
+# ---- foreseen --------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "llama": lambda: models.prepare(make.model("llama")),
+    "tied gpt2": lambda: models.prepare(make.model("gpt2")),
+    "windowed": lambda: models.prepare(make.model("gemma3_text")),
+    "a row a response": lambda: models.prepare(make.model("bloom")),
+    "bf16": lambda: models.prepare(make.model("llama").bfloat16()),
+    "lora": lambda: models.add_lora(models.prepare(make.model("llama")), rank=4, alpha=None, targets="all-linear", seed=0),
+    "checkpointed": lambda: checkpointed(models.prepare(make.model("llama", num_hidden_layers=4))),
+}
+
+
+def trained_of(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def checkpointed(model: torch.nn.Module) -> torch.nn.Module:
+    models.checkpoint_layers(model)
+    return model
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one pass", "several"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_shapes_alone_give_the_bytes_of_a_real_step(store, kind, several):
+    """The meta device against real tensors, counted alike: equal to the byte. By blocks in both; masks are near."""
+    model = MODELS[kind]()
+    batch = make_batch(store, range(8), share=bool(getattr(model, "reads_segments", False)))
+    shape, thin = estimate.ghost(model), estimate.ghostly(batch, model)
+    assert all(p.device.type == "meta" for p in shape.parameters()) and not any(p.device.type == "meta" for p in model.parameters())
+    foreseen = estimate.step_peak(shape, thin, several=several)
+    real = estimate.step_peak(model, replace(batch, segments=replace(thin.segments)), several=several)
+    assert foreseen == real
+    assert estimate.step_peak(model, batch, several=several)[0] == pytest.approx(real[0], rel=0.15)
+    assert real[1] == (8 if kind == "bf16" else 4) * trained_of(model)  # fp32 gradients; in bf16 also fp32 weights
+    assert real[0] > 1.5 * real[1]
+
+
+def test_what_is_counted_as_alive_is_what_autograd_saves(store):
+    """A second count of a forward pass: the storages that saved-tensor hooks are shown, weights and the batch's own left out."""
+    model = models.prepare(make.model("llama"))
+    batch = make_batch(store, range(8))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), batch.hidden, batch.target, batch.tokens)}
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with estimate.Alive() as alive, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logps = token_logps(model, hidden_states(model, batch), batch)
+    counted = sum(size for place, size in saved.items() if place not in own)
+    assert alive.now == pytest.approx(counted + logps.nbytes, rel=0.02) and counted > 10**6
+
+
+def needs_of(model, store, micro_tokens: int = 10**6) -> estimate.Needs:
+    return estimate.foresee(model, None, store, np.arange(8), np.arange(8, 12), Order(8, 8, 1, 0), total=1, micro_tokens=micro_tokens,
+                            optimiser="adamw", prompts=[9, 12], sample_tokens=8, samples=2, device="cpu")  # fmt: skip
+
+
+def test_what_a_refusal_advises_fits(store, monkeypatch):
+    """Two thirds of what the passes take is free: the size named is enough, and more is refused."""
+    model = MODELS["lora"]()
+    needs = needs_of(model, store)
+    shape, thin = estimate.ghost(model), estimate.ghostly(make_batch(store, range(8)), model)
+    assert needs.step == estimate.step_peak(shape, thin, several=False)[0] + 8 * trained_of(model)
+    assert estimate.step_peak(shape, thin, several=True)[0] > estimate.step_peak(shape, thin, several=False)[0]
+    assert needs.step > needs.evaluation > needs.fixed > 0 and needs.tokens == len(make_batch(store, range(8)).tokens)
+    trained = trained_of(model)
+    assert needs.fixed == (4 + 8) * trained and needs.saving == 8 * trained  # gradients and two moments; the moments' file
+    base = needs.fixed + needs.saving + estimate.LIBRARIES
+    more = needs.total - needs.held
+    monkeypatch.setattr(estimate, "free_memory", lambda: base + 2 * (more - base) // 3)
+    with pytest.raises(OutOfMemoryError, match=r"memory will be needed and .* are free, with passes of \d+ tokens") as caught:
+        estimate.require(needs, "cpu", checkpointing=False)
+    advised = int(str(caught.value).split("--micro-tokens ")[1].split()[0])
+    assert needs.tokens / 2 < advised < 0.66 * needs.tokens
+    estimate.require(needs_of(model, store, advised), "cpu", checkpointing=False)
+    monkeypatch.setattr(estimate, "free_memory", lambda: base)
+    with pytest.raises(OutOfMemoryError, match="try --lora 16"):
+        estimate.require(needs, "cpu", checkpointing=False)
+    with pytest.raises(OutOfMemoryError, match="an evaluation takes .* smaller --eval-prompts"):
+        monkeypatch.setattr(estimate, "free_memory", lambda: base + 1000)
+        estimate.require(replace(needs, evaluation=2 * needs.step), "cpu", checkpointing=False)
+    monkeypatch.setattr(estimate, "free_memory", lambda: 0)  # a system that does not say refuses nothing
+    estimate.require(needs, "cpu", checkpointing=False)
+
+
+def test_a_wide_vocabulary_never_costs_more_than_its_chunks(store):
+    """128k entries: 64 targets or all of them cost two chunks of logits and the temporary of their log-sum-exp, no more."""
+    model = models.prepare(make.model("llama", vocab=131072, hidden_size=8, intermediate_size=8, num_attention_heads=2))
+    shape, peaks = estimate.ghost(model), []
+    for count in (8, 12):
+        batch = make_batch(store, range(count))
+        assert len(batch.target) > 128
+        peaks.append(estimate.step_peak(shape, estimate.ghostly(batch, model), several=False)[0])
+    assert peaks[1] - peaks[0] < 1 << 23 and peaks[1] < 4 * (4 << 24) + 4 * 3 * 2 * 131072 * 8
+
+
+def test_a_model_whose_passes_hang_on_values_is_trained_without_an_estimate(tmp_path, capsys):
+    model, pairs = make.write_model(tmp_path / "model", kind="qwen3_moe"), make.write_pairs(tmp_path / "pairs.jsonl", 12)
+    dpo.run(Dpo(model=str(model), data=[str(pairs)], output=str(tmp_path / "run"), max_steps=1, eval_prompts=0, report=False, threads=1))
+    assert "memory: not estimated for Qwen3MoeForCausalLM" in "".join(capsys.readouterr())
+    assert list(json.loads((tmp_path / "run" / "results.json").read_text())["memory"]) == ["peak"]
