@@ -82,7 +82,30 @@ def test_a_step_that_does_not_fit_is_taken_in_halves_with_the_same_loss_and_weig
     for name, weight in whole.masters.items():
         assert torch.allclose(weight, cut.masters[name], atol=1e-5, rtol=0), name
     start = {n: p.detach() for n, p in make.model(seed=1).named_parameters()}
-    assert max(float((w - start[n]).abs().max()) for n, w in whole.masters.items()) > 1e-3  # the weights that agree have moved
+    assert max(float((w.detach() - start[n]).abs().max()) for n, w in whole.masters.items()) > 1e-3  # the weights that agree have moved
+
+
+def test_nothing_of_the_attempt_that_failed_stays_in_the_gradients(store, column):
+    """The second pass of the first step is refused after the first pass has left its gradients."""
+    found = []
+    for refuse in (0, 2):
+        model, calls = models.prepare(make.model(seed=1)), []
+
+        def before(module, arguments, calls=calls, refuse=refuse):
+            calls.append(torch.is_grad_enabled())
+            if len(calls) == refuse:
+                torch.empty(1 << 60, dtype=torch.uint8)
+
+        model.get_decoder().register_forward_pre_hook(before)
+        state = engine.make_state(model, rate=lambda step: 1e-3, clip=0.0)
+        steps = engine.steps(store, np.arange(len(store)), Order(len(store), 12, 1, 0), start=0, total=1, micro_tokens=250,
+                             columns={"reference": column}, share=True, device="cpu")  # fmt: skip
+        line = next(engine.train(state, steps, preference([(1.0, "sigmoid", {})]), auto_micro=True))
+        assert all(calls) and len(calls) > 2 and ("did_not_fit" in line) == bool(refuse)
+        found.append((line, {name: master.grad for name, master in state.masters.items()}))
+    (one, whole), (other, cut) = found
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    assert all(torch.allclose(whole[name], cut[name], atol=1e-5, rtol=1e-4) for name in whole)
 
 
 def test_a_record_that_does_not_fit_alone_and_a_run_that_was_not_asked_stop_as_before(store, column):
