@@ -77,9 +77,10 @@ def theirs(**options: Any) -> Callable[..., Tensor]:
         ready = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
         ids = torch.zeros(len(mask), mask.shape[1] + PROMPT, dtype=torch.long)
         ref = padded(reference)[:, 1:].to(dtype)
-        frozen = SimpleNamespace(log_probs=ref)
+        frozen, held = SimpleNamespace(log_probs=ref), torch.nn.Identity()  # accelerate unwraps only what is a module
+        held.is_gradient_checkpointing = False
         trainer = SimpleNamespace(
-            **given, model=SimpleNamespace(training=True, is_gradient_checkpointing=False), ref_model=lambda **_: frozen,
+            **given, model=held, ref_model=lambda **_: frozen,
             accelerator=ready, aux_loss_enabled=False, precompute_ref_logps=False, _metrics={"train": defaultdict(list)},
             _total_train_tokens=0, _tp_size=1, args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None))  # fmt: skip
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": padded(mask).long()}
