@@ -254,5 +254,5 @@ def test_the_notebook(tmp_path, monkeypatch, capsys):
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) >= 8 and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     space = execute(["".join(cell["source"]) for cell in cells], "docs/notebook.ipynb")
-    assert space["run"].finished and space["paired"]["difference"] > 0.1  # measured: 0.4 and more
+    assert space["run"].finished and space["paired"]["difference"] > 0.1  # measured: 0.57 [0.31, 0.82]
     assert "<svg" in space["run"]._repr_html_() and "before\n    About your phone" in capsys.readouterr().out
