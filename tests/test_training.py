@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,13 +24,7 @@ from preftune.errors import CheckpointError, ModelError, UsageError
 from preftune.readout import as_reference
 from preftune.stages import dpo, sft
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = os.environ.get("PREFTUNE_CACHE")
-    os.environ["PREFTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("PREFTUNE_CACHE") if before is None else os.environ.update(PREFTUNE_CACHE=before)
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture(scope="module")
