@@ -58,6 +58,7 @@ class Table:
         mismatched: (M,) int64, responses that stand after another record's prompt.
         item: (I,) int64 responses, list by list. item_list: (I,) int64, 0..L-1. item_tier: (I,) int64, 0 the best, -1 below all,
             unordered. list_weight: (L,) float64.
+        score: (R,) float64, the data's own reward of each response, NaN where it has none.
         record: (R,) int64, the store's record of each response.
     """
 
@@ -72,6 +73,7 @@ class Table:
     item_list: Tensor
     item_tier: Tensor
     list_weight: Tensor
+    score: Tensor
     record: Tensor
 
     @property
@@ -102,6 +104,7 @@ class Batch:
     Args:
         tokens, positions: (T,) int64. segments: the table.
         hidden: (N,) int64, the state that predicts each target. target: (N,) its id. response: (N,) its response, 0..R-1.
+        last: (R,) int64, the state of each response's last token, which has seen all of it.
         columns: per target (N,), for instance 'reference' float32.
         slot: (N,) int64, where each target stands in the store. table: what is said of the responses.
     """
@@ -113,6 +116,7 @@ class Batch:
     target: Tensor
     response: Tensor
     responses: int
+    last: Tensor
     columns: Mapping[str, Tensor]
     slot: Tensor
     table: Table
@@ -206,6 +210,7 @@ class _Builder:
         self.response: list[np.ndarray] = []
         self.number: dict[int, int] = {}  # store segment -> response of this batch
         self.record: list[int] = []
+        self.last: list[int] = []
         self.size = 0
 
     def add(self, record: int, share: bool) -> None:
@@ -221,6 +226,7 @@ class _Builder:
             if store.response[last] >= 0 or store.response[last] == MISMATCHED:
                 above = self.ends[first + parent] - 1 if parent >= 0 else -1
                 self._targets(last, self.size + len(ids) - own, above if own == len(ids) else None)
+                self.last.append(self.size + len(ids) - 1)
             self.starts.append(self.size)
             self.size += len(ids)
             self.ends.append(self.size)
@@ -253,6 +259,7 @@ class _Builder:
             segments=Segments(tuple(self.starts), tuple(self.ends), tuple(self.prefix), tuple(self.trees)),
             hidden=torch.from_numpy(np.concatenate(self.hidden)), target=torch.from_numpy(store.tokens[slot].astype(np.int64)),
             response=torch.from_numpy(np.concatenate(self.response)), responses=len(n),
+            last=torch.tensor(self.last, dtype=torch.long),
             columns={name: torch.from_numpy(np.ascontiguousarray(values[slot])) for name, values in columns.items()},
             slot=torch.from_numpy(slot), table=self._table([int(r) for r in records]))  # fmt: skip
 
@@ -271,6 +278,7 @@ class _Builder:
             pair_prob=torch.from_numpy(store.pair_prob[pairs]), pair_weight=torch.from_numpy(store.pair_weight[pairs]),
             verdict=torch.tensor([n[int(v)] for v in store.verdict[verdicts]], dtype=torch.long),
             verdict_good=torch.from_numpy(store.verdict_good[verdicts]), verdict_weight=torch.from_numpy(store.verdict_weight[verdicts]),
+            score=torch.from_numpy(store.score[list(n)]),
             mismatched=torch.tensor([i for s, i in n.items() if store.response[s] == MISMATCHED], dtype=torch.long),
             record=torch.tensor(self.record, dtype=torch.long))  # fmt: skip
 

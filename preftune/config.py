@@ -30,7 +30,7 @@ import yaml
 from .errors import DataError, ModelError, UsageError, nearest
 
 DEVICE = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
-REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*", "lexicon:FILE or python:FILE.py:FUNCTION")
+REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*|model:.+|implicit:.+@.+", "lexicon:FILE or python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE")
 ANCHOR = (r".+=[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "NAME=VALUE, such as gpt-2=1000")
 # What a resumed run compares with its beginning, and --allow-change lets pass.
 CHANGES = ("data", "tokeniser", "template", "base", "reference", "reward", "config", "threads", "device", "versions")
@@ -152,7 +152,7 @@ class Training(Judged):
     auto_micro: bool = option(False, "take a step that runs out of memory again in passes of half the size, and all later ones so; the loss is the same", group="machine")
     # evidence
     eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run", group="evidence", low=1)
-    eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE or python:FILE.py:FUNCTION", group="evidence", shows="RULE", pattern=REWARD)
+    eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", group="evidence", shows="REWARD", pattern=REWARD)
     eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=0)
     sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
     eval_samples: int = option(1, "samples per prompt", group="evidence", low=1)
@@ -212,7 +212,7 @@ class Sample(Computing):
     seed: int = option(0, "seed of the sampling", low=0)
     batch_size: int = option(16, "rows at once", low=1)
     reference: str | None = option(None, "also estimate each sample's KL from this model (Rao-Blackwell)", shows="MODEL", reads="model")
-    reward: str | None = option(None, "score the samples: lexicon:FILE or python:FILE.py:FUNCTION", shows="RULE", pattern=REWARD)
+    reward: str | None = option(None, "score the samples: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", pattern=REWARD)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from .audit import Z95, share_of
 from .batches import join, make_batch, split, totals_of
 from .objectives import Objective, join_columns, total
 from .readout import as_reference, hidden_states, packs, prefix_kl, response_sums, token_logps
-from .records import Text
+from .records import Response, Text
 from .sampling import sample
 from .store import Store, from_ids
 from .tokens import Codec, decode_response, encode_prompt, end_ids
 
-Rule = Callable[[list[str], list[str]], list[float]]  # prompts, responses -> rewards
+Reward = Callable[[Sequence[Text], Sequence[Response]], np.ndarray]  # prompts, responses -> rewards (n,): `rewards.Scorer` is one
 
 
 def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
@@ -105,7 +105,7 @@ def score_samples(model: Any, reference: Any | None, store: Store, *, micro_toke
     return np.concatenate(rb), np.concatenate(k1)
 
 
-def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text], *, rule: Rule | None,
+def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text], *, rule: Reward | None,
          max_tokens: int, k: int = 1, seed: int = 0, micro_tokens: int = 8192, device: str = "cpu") -> Drawn:  # fmt: skip
     """Sample the model at temperature 1 with nothing cut, and measure reward and KL to the reference on those samples.
 
@@ -120,15 +120,10 @@ def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text
     rb, k1 = score_samples(model, reference, rollouts, micro_tokens=micro_tokens, device=device)
     reward = None
     if rule is not None:
-        asked = [prompt_text(p) for p in prompts for _ in range(k)]
-        reward = np.array(rule(asked, [t for row in texts for t in row]), dtype=float).reshape(shape)
+        said = [Response(t, s.finished) for mine, row in zip(texts, samples, strict=True) for t, s in zip(mine, row, strict=True)]
+        reward = rule([p for p in prompts for _ in range(k)], said).reshape(shape)
     return Drawn(texts, [[s.ids for s in row] for row in samples], np.array([[s.finished for s in row] for row in samples]),
                  np.array([[len(s.ids) for s in row] for row in samples]), reward, rb.reshape(shape), k1.reshape(shape))  # fmt: skip
-
-
-def prompt_text(prompt: Text) -> str:
-    """A prompt as one text for a rule: the text itself, or the turns one below the other."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(m.content for m in prompt)
 
 
 def summary(drawn: Drawn) -> dict[str, float | None]:

@@ -65,7 +65,7 @@ def _text(plain: Any) -> Text:
 class Shelf(Sequence[Record]):
     """Records on the disk in the order in which they were put there; in memory eight bytes each. Grows by `append`.
 
-    Kept is what makes tokens and pairs: texts, `finished`, judgements, labels, where; not score, source, id and meta.
+    Kept is what makes tokens and pairs: texts, `finished`, scores, judgements, labels, where; not source, id and meta.
 
     Args:
         folder: where the file without a name is made once there is more than SPOOL bytes of text.
@@ -79,7 +79,7 @@ class Shelf(Sequence[Record]):
 
     def append(self, record: Record) -> None:
         """Put one more on the shelf. Raises DiskError."""
-        row = [_plain(record.prompt), [[_plain(r.text), r.finished] for r in record.responses],
+        row = [_plain(record.prompt), [[_plain(r.text), r.finished, r.score] for r in record.responses],
                [[j.order, j.below, j.prob, j.weight] for j in record.judgements], record.labels, record.where or record.id]  # fmt: skip
         data = json.dumps(row).encode()
         with disk(self.folder, needed=len(data)):
@@ -115,7 +115,7 @@ class Shelf(Sequence[Record]):
         self.writing = False
         prompt, responses, judgements, labels, where = json.loads(data)
         return Record(
-            _text(prompt), tuple(Response(_text(text), finished) for text, finished in responses),
+            _text(prompt), tuple(Response(_text(text), finished, score) for text, finished, score in responses),
             tuple(Judgement(tuple(map(tuple, order)), tuple(below), prob, weight) for order, below, prob, weight in judgements),
             None if labels is None else tuple(labels), where=where)  # fmt: skip
 

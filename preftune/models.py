@@ -1,27 +1,31 @@
-"""Models in and out: safetensors only, no remote code, an allow-list for packed attention; LoRA through peft.
+"""Models in and out: safetensors only, no remote code, an allow-list for packed attention; LoRA through peft; scalar heads.
 
 model, tokenizer = load("path/to/model", dtype="fp32", device="cpu")
 save(model, tokenizer, "runs/x/model")
+reward, tokenizer, facts = load_reward("runs/reward")
 """
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from . import attention
 from .config import is_path_like
@@ -29,6 +33,7 @@ from .errors import ModelError, PreftuneError, UsageError, nearest
 from .files import fingerprint, sha256_file
 from .screen import clean, say
 
+REWARD = "reward.json"  # beside a reward model's weights: how its scores are to be read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 # Architectures whose packed log-probs were compared with their own forward pass (tests/test_readout.py does it again).
@@ -234,9 +239,20 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
         ModelError: missing, malformed, unsafe, incomplete or non-finite. UsageError: the hub with `offline`.
     """
     folder, base, adapters = adapters_of(_folder(name, offline=offline))
-    _check_folder(folder)
-    with _readable(name, "cannot be loaded as a causal language model"), _quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+    if _scores(_check_folder(folder)):
+        raise ModelError(f"{name}: a reward model, which scores answers and writes none; a language model is asked for here")
+    model, tokenizer = _read(AutoModelForCausalLM, folder, name, dtype, "a causal language model")
+    if not adapters and not Path(name).is_dir():
+        model.name_or_path = model.config._name_or_path = base  # the hub's name, not the folder of its cache
+    for adapter in adapters:
+        model = with_adapter(model, adapter).merge_and_unload()
+    return prepare(_finite(model, name).to(device)), tokenizer
+
+
+def _read(kind: Any, folder: Path, name: str, dtype: str, what: str) -> tuple[Any, Any]:
+    """A checked folder's model, of one of transformers' kinds, and tokeniser. Raises ModelError where weights are missing or odd."""
+    with _readable(name, f"cannot be loaded as {what}"), _quiet():
+        model, found = kind.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -253,14 +269,75 @@ def load(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool =
     beyond = [t for t, number in tokenizer.get_vocab().items() if number >= rows and t != tokenizer.pad_token]  # padding is never used
     if beyond:
         raise ModelError(f"{name}: the tokeniser has ids that the model has not: {beyond[0]!r} and {len(beyond) - 1} more, from {rows} on")
-    if not adapters and not Path(name).is_dir():
-        model.name_or_path = model.config._name_or_path = base  # the hub's name, not the folder of its cache
-    for adapter in adapters:
-        model = with_adapter(model, adapter).merge_and_unload()
+    return model, tokenizer
+
+
+def _finite(model: Any, name: str) -> Any:
     bad = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if bad:
         raise ModelError(f"{name}: weight {bad} holds values that are not finite")
-    return prepare(model.to(device)), tokenizer
+    return model
+
+
+# ---------------------------------------------------------------- reward models
+
+
+def _scores(spec: dict[str, Any]) -> bool:
+    """Whether a configuration is that of a model with a head for whole sequences."""
+    kinds = spec.get("architectures")
+    return any(str(kind).endswith("ForSequenceClassification") for kind in (kinds if isinstance(kinds, list) else ()))
+
+
+def with_scalar_head(model: Any, *, seed: int | Sequence[int]) -> nn.Module:
+    """The decoder of a causal LM under a new linear head with one output, N(0, 1/sqrt(d + 1)): transformers' own class for it.
+
+    The decoder is taken over, not copied. Padding is unset where it is the end token: transformers looks for the last token that is no
+    padding, and would read an answer that ends before its end.
+
+    Raises:
+        ModelError: transformers has no such class for this architecture.
+    """
+    kind = type(model.config)
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"transformers has no scalar head for {type(model).__name__} ({model.config.model_type!r}), so no other program "
+                         "could load the reward model; take another architecture")  # fmt: skip
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.pad_token_id = None if config.pad_token_id in ends else config.pad_token_id
+    with torch.device("meta"):
+        out = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind](config)
+    setattr(out, out.base_model_prefix, model.base_model)
+    like, size = next(model.parameters()), out.score.in_features
+    draws = torch.from_numpy(np.random.default_rng(seed).normal(0, 1 / math.sqrt(size + 1), (1, size)))
+    out.score = nn.Linear(size, 1, bias=False, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        out.score.weight.copy_(draws)
+    return prepare(out)
+
+
+def load_reward(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A reward model, its tokeniser, and what reward.json says of it ({} for a model of another program).
+
+    Args:
+        name: a folder that holds a sequence classifier with one label, the run folder of one, or a hub name.
+
+    Raises:
+        ModelError: as `load`; a language model, an adapter, a head of several outputs, or a reward.json that is not ours.
+    """
+    folder = _folder(name, offline=offline)
+    if is_adapter(folder):
+        raise ModelError(f"{name}: an adapter; give the model that the run wrote beside it")
+    if not _scores(_check_folder(folder)):
+        raise ModelError(f"{name}: no reward model (a sequence classifier with one label); 'preftune reward' trains one")
+    model, tokenizer = _read(AutoModelForSequenceClassification, folder, name, dtype, "a reward model")
+    if model.config.num_labels != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ModelError(f"{name}: {type(model).__name__} with {model.config.num_labels} outputs; expected one linear head with one output")
+    facts = _json(folder / REWARD) if (folder / REWARD).is_file() else {}
+    known = isinstance(facts, dict) and all(isinstance(facts.get(k, 0.0), (int, float)) for k in ("shift", "scale"))
+    if not known or not facts.get("scale", 1.0) > 0 or not math.isfinite(facts.get("shift", 0.0)):
+        raise ModelError(f"{folder / REWARD}: expected an object with numbers 'shift' and 'scale', the latter above 0")
+    return prepare(_finite(model, name).to(device)), tokenizer, facts
 
 
 def load_tokenizer(name: str, *, offline: bool = False) -> tuple[Any, int | None]:
@@ -379,8 +456,9 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float | None, targets: str, 
                 f"--lora-targets {target}: no such linear module{nearest(target, names)}; here are {', '.join(sorted(names))}"
             )
     torch.manual_seed(seed)
+    # As a sequence classifier peft trains and saves the head whole, beside the adapter.
     spec = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=chosen, lora_dropout=0.0, bias="none",
-                      task_type="CAUSAL_LM")  # fmt: skip
+                      task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM")  # fmt: skip
     with _quiet():
         wrapped = get_peft_model(model, spec)
     wrapped.reads_segments = model.reads_segments
@@ -437,15 +515,13 @@ def _named(model: nn.Module, name: str, known: dict[str, nn.Parameter]) -> set[s
 def weights_fingerprint(name: str, *, offline: bool = False) -> str:
     """Identity of the weights as given: hashes of the configuration and every safetensors file of the folder (hub: of its cache)."""
     folder, _, adapters = adapters_of(_folder(name, offline=offline))
-    files = sorted((*weight_files(folder), folder / "config.json"))
+    files = sorted((*weight_files(folder), folder / "config.json", *folder.glob(REWARD)))
     over = [[sha256_file(a / n) for n in ("adapter_config.json", "adapter_model.safetensors")] for a in adapters]
     return fingerprint("weights-2", {p.name: sha256_file(p) for p in files}, over)
 
 
 def save(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """A folder that plain transformers loads: LoRA merged (a copy; the trained model is left as it is), safetensors, tokeniser."""
-    import copy
-
     merged = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
     merged.config.use_cache = True
     with _quiet():

@@ -22,7 +22,7 @@ from .batches import Batch, Table
 from .losses import LOSSES, Loss, Side, arguments, expected, votes
 from .losses.lists import Rankings, agreement
 from .losses.verdicts import baseline
-from .readout import hidden_states, response_rows, response_sums, token_collisions, token_logps
+from .readout import hidden_states, response_rows, response_sums, scalars, token_collisions, token_logps
 
 Terms = Mapping[str, tuple[Tensor, str]]
 
@@ -50,7 +50,8 @@ class Objective:
         reference: 'none', 'token' or 'distribution': what the columns need.
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
-        needs: which columns beyond the sums are read: 'tokens', 'collision'.
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'given'.
+        read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
         start: (table, totals) -> the loss while policy = reference, or None where that depends on the policy.
         carry: named numbers that run over steps, before the first; the engine keeps them with the weights. `terms` gets them as they
             stand before its step, or None outside training. advance: (columns, table, carry) -> them after the step.
@@ -65,12 +66,17 @@ class Objective:
     mismatched: bool
     start: Callable[[Table, Mapping[str, float]], float] | None
     needs: frozenset[str] = frozenset()
+    read: str = "logps"
     carry: Mapping[str, float] = field(default_factory=dict)
     advance: Callable[[Columns, Table, Mapping[str, float]], dict[str, float]] = lambda columns, table, carry: {}
 
     def score(self, model: Any, batch: Batch) -> Columns:
         """Columns of a batch under the model, with gradient where grad is enabled."""
         hidden = hidden_states(model, batch)
+        if self.read == "scalar":
+            score = scalars(model, hidden, batch)
+            length = response_sums(torch.ones_like(batch.target), batch)
+            return Columns(score, torch.zeros_like(score), length, given=batch.table.score if "given" in self.needs else None)
         logps = token_logps(model, hidden, batch)
         reference = batch.columns["reference"] if self.reference != "none" else None
         return Columns(

@@ -22,12 +22,12 @@ from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
 from .evaluate import Drawn, draw, held_out, paired_difference, summary
-from .files import atomic_write, fingerprint, read_json, require_new, run_lock, sha256_file, size_text, write_json
+from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
 from .formats import identity
 from .objectives import Objective
 from .readout import packs
 from .records import Record, Text
-from .rewards import rule
+from .rewards import scorer
 from .screen import bar, clean, say
 from .store import Store
 from .tokens import Codec, encode_prompt, make_codec
@@ -146,8 +146,11 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     objective = task.objective(options)
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
-    scoring = rule(options.eval_reward) if options.eval_reward else None
     device = models.pick_device(options.device)
+    scoring = None
+    if options.eval_reward:
+        scoring = scorer(options.eval_reward, device=device, dtype=options.dtype, offline=options.offline,
+                         micro_tokens=options.micro_tokens)  # fmt: skip
     work = reference.cache_folder().with_name("work")
     taken = intake.read_records(task, options, work)
     facts = taken.facts
@@ -199,12 +202,12 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     intake.unchanged(taken, (*options.data, *options.eval_data))
     data = fingerprint([found for _, *found in files], options.from_scores)
     if scoring:
-        facts["eval_reward"] = {"rule": scoring.name, "sha256": sha256_file(scoring.path)}
+        facts["eval_reward"] = {"rule": scoring.name, "sha256": scoring.fingerprint}
     manifest = {
         "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
                          "template": fingerprint(codec.describe()), "base": base, "reference": key,
-                         "reward": sha256_file(scoring.path) if scoring else "none"},
+                         "reward": scoring.fingerprint if scoring else "none"},
         "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
         "files": [{"name": p, "sha256": found, "weight": weight, "held_out": i >= len(options.data)}
                   for i, (p, found, weight) in enumerate(files)],

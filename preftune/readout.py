@@ -5,6 +5,7 @@ never exist. Log-softmax is taken in fp32 (or in the model's precision where tha
 
     hidden = hidden_states(model, batch)             # (T, D)
     logps = token_logps(model, hidden, batch)        # (N,) log pi(target | prefix)
+    scores = scalars(reward_model, hidden, batch)    # (R,) the reward of each response
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ def packs(model: Any) -> bool:
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a causal LM below its head, inside a LoRA wrapper or not."""
+    """The part of a model below its head, inside a LoRA wrapper or not."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.get_decoder()
+    return inner.base_model if scores(inner) else inner.get_decoder()
+
+
+def scores(model: Any) -> bool:
+    """Whether the model has a scalar head in the place of a vocabulary: a reward model."""
+    return hasattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "score")
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
@@ -160,6 +166,31 @@ def token_logps(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         kept = torch.is_grad_enabled()
         parts.append(checkpoint(_logps, head, piece, target, use_reentrant=False) if kept else _logps(head, piece, target))
     return torch.cat(parts)
+
+
+def scalar_head(module: Any) -> torch.nn.Linear:
+    """The scalar head: of a reward model, inside a LoRA wrapper or not (then its trained copy), or a linear map itself."""
+    if isinstance(module, torch.nn.Linear):
+        return module
+    head = (module.get_base_model() if hasattr(module, "get_base_model") else module).score
+    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
+def _scalars(module: Any, states: Tensor) -> Tensor:
+    """(n, D) -> (n,) float64. The map is taken in fp32 at least: eight bits of a reward would tie answers that differ."""
+    head = scalar_head(module)
+    bias = None if head.bias is None else _wide(head.bias)
+    return F.linear(_wide(states), _wide(head.weight), bias)[:, 0].double()
+
+
+def scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """What the scalar head says at the last token of each response, (R,) float64. By position: no token is searched for."""
+    return _scalars(module, hidden[batch.last])
+
+
+def token_scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """What the scalar head says at the prefix of every target, before it is taken, (N,) float64: a value function."""
+    return _scalars(module, hidden[batch.hidden])
 
 
 def token_collisions(model: Any, hidden: Tensor, batch: Batch) -> Tensor:

@@ -198,6 +198,11 @@ def merge(records: Iterable[Record], *, apart: Collection[int] = ()) -> list[Rec
     return [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
 
 
+def as_text(text: Text) -> str:
+    """A prompt or a response as one text: itself, or its turns one below the other."""
+    return text if isinstance(text, str) else "\n\n".join(m.content for m in text)
+
+
 def prompt_key(record: Record) -> str:
     """The prompt as one string: records with equal keys share a prompt and never stand on two sides of a split."""
     if isinstance(record.prompt, str):

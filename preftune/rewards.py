@@ -1,12 +1,14 @@
-"""Rewards that need no model: a word list, or a Python function of the user's own.
+"""Rewards of any kind, all asked in one way: a word list, a Python function of the user's own, reward models, ensembles of them, and
+the implicit reward of a policy.
 
-A rule maps (prompts, texts) to one finite number each. It touches its own file and the standard library, nothing else. Model
-rewards and judges have other rooms.
+A rule maps (prompts, texts) to one finite number each; a `Scorer` maps (prompts, responses) to numbers, through a packed pass where
+it is a model. Touches models and their readout; a rule touches its own file and the standard library, nothing else.
 
     >>> Rule("words", lambda prompt, response: float(len(response.split())))(["a"], ["two words"])
     [2.0]
 
-    rule("lexicon:vader_lexicon.txt")(["Once upon a time"], [" there was a happy dog."])
+    scorer("lexicon:vader_lexicon.txt")(["Once upon a time"], [Response(" there was a happy dog.")])
+    scorer("model:runs/reward")(prompts, responses)
 """
 
 from __future__ import annotations
@@ -14,14 +16,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
-from preftune.errors import DataError, NumericsError, UsageError, nearest
+import numpy as np
+import torch
+
+from . import models
+from .batches import make_batch, split
+from .config import Dpo, load_yaml, loss_terms
+from .errors import DataError, NumericsError, UsageError, nearest
+from .files import fingerprint, read_json, sha256_file
+from .readout import hidden_states, packs, response_sums, scalars, token_logps
+from .records import Record, Response, Text, as_text
+from .store import Store, build
+from .tokens import Codec, decode_response, end_ids, make_codec
 
 WORD = re.compile(r"(?:[^\W\d_]|')+")
 NEGATIONS = frozenset({"not", "no", "never"})
@@ -181,3 +195,266 @@ def _text(path: Path) -> str:
 def _short(text: str, limit: int = 60) -> str:
     flat = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+# ---------------------------------------------------------------- any reward as one kind of thing
+
+# How members of an ensemble become one number; variance is the population's.  arXiv:2310.02743 (worst case, uncertainty-weighted).
+HOWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda table: table.mean(0),
+    "min": lambda table: table.min(0),
+    "lower": lambda table: table.mean(0) - table.std(0),
+    "variance": lambda table: table.mean(0) - 0.5 * table.var(0),
+}
+
+
+def combine(table: np.ndarray, how: str) -> np.ndarray:
+    """Scores of M members, (M, n), as one score each, (n,): 'mean', 'min', 'lower' (mean less one standard deviation) or 'variance'
+    (mean less half the variance). Deviations are those of the members at hand: divided by M, not M - 1.
+
+    >>> members = np.array([[0, 1, 0.5, 2], [0, 1.2, 0.4, 1], [0, 0.9, 0.6, 3]])
+    >>> combine(members, "variance").round(5), combine(members, "min")
+    (array([0.     , 1.02556, 0.49667, 1.66667]), array([0. , 0.9, 0.4, 1. ]))
+    """
+    return HOWS[how](table)
+
+
+def centre(table: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+    """Members' scores, (M, n), with one level for all members at each prompt, (n,) of numbers: a member's own level means nothing.
+
+    A reward is known up to f(x), and each member has its own f. What a member gives the responses of a prompt on average is moved to
+    what all members give them on average; a prompt with a single response stays as it is.
+
+    >>> centre(np.array([[0.0, 2, 9], [5, 9, 9]]), np.array([0, 0, 1]))
+    array([[3., 5., 9.],
+           [2., 6., 9.]])
+    """
+    count = np.bincount(prompt)
+    level = np.stack([np.bincount(prompt, row) for row in table]) / count
+    moved = np.where(count > 1, level.mean(0) - level, 0.0)
+    return table + moved[:, prompt]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One reward model, or one rule.
+
+    Args:
+        read: a store of responses -> the reward of each, (R,), in order. codec: how texts become its ids. window: its positions, or None.
+        rule: in the place of these three, a function of texts. level: whether its level is set on reference samples.
+    """
+
+    read: Callable[[Store], np.ndarray] | None = None
+    codec: Codec | None = None
+    window: int | None = None
+    rule: Rule | None = None
+    level: bool = True
+
+    def score(self, prompts: Sequence[Text], responses: Sequence[Response]) -> np.ndarray:
+        """(n,) float64. Raises DataError for a response that cannot be scored: none is left out."""
+        if self.rule is not None:
+            return np.array(self.rule([as_text(p) for p in prompts], [as_text(r.text) for r in responses]), dtype=np.float64)
+        assert self.read is not None and self.codec is not None
+        groups: dict[Text, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(prompt, []).append(i)
+        records = [Record(p, tuple(responses[i] for i in mine), where=f"response {mine[0]}") for p, mine in groups.items()]
+        store, intake = build(records, self.codec, max_length=self.window)
+        if intake.refused:
+            raise DataError(f"{len(intake.refused)} prompts with responses that the reward model cannot read; first: {intake.refused[0]}")
+        out = np.empty(len(responses))
+        out[[i for mine in groups.values() for i in mine]] = self.read(store)
+        return out
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward of any kind: `scorer(prompts, responses) -> (n,)` float64, higher is better.
+
+    Args:
+        name: as the user wrote it. fingerprint: of all that its numbers depend on. members: one, or those of an ensemble. how: one of HOWS.
+    """
+
+    name: str
+    fingerprint: str
+    members: tuple[Member, ...]
+    how: str = "mean"
+
+    def __call__(self, prompts: Sequence[Text], responses: Sequence[Response]) -> np.ndarray:
+        """The reward of each response under its prompt, (n,). Raises DataError where one cannot be scored, UsageError as `table` does."""
+        return combine(self.table(prompts, responses), self.how)
+
+    def spread(self, prompts: Sequence[Text], responses: Sequence[Response]) -> np.ndarray:
+        """How far the members disagree on each response, (n,): the population standard deviation of their centred scores; 0 for one."""
+        return self.table(prompts, responses, strict=True).std(0)
+
+    def table(self, prompts: Sequence[Text], responses: Sequence[Response], *, strict: bool = False) -> np.ndarray:
+        """What each member says, centred by prompt, (M, n); `combine` and `.std(0)` make scores and spread of it.
+
+        Raises UsageError where members are compared (by `how`, or strict=True) at a prompt with one response, and some member has no level.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses", path=self.name)
+        if not prompts:
+            return np.zeros((len(self.members), 0))
+        return self._levelled(np.stack([m.score(prompts, responses) for m in self.members]), _numbers(prompts), strict)
+
+    def rollouts(self, store: Store, codec: Codec, prompts: Sequence[Text]) -> np.ndarray:
+        """The reward of every response of a store of rollouts, (R,), in order.
+
+        Ids are read as they are where the policy's `codec` has this scorer's tokeniser; else their texts are.
+
+        Args:
+            prompts: per record of the store, what `codec` encoded.
+        """
+        shared = all(m.codec is not None and _same(m.codec, codec) for m in self.members)
+        record = np.repeat(np.arange(len(store)), np.diff(store.record_start))[store.response >= 0]
+        if shared and len(record):
+            table = np.stack([m.read(store) for m in self.members if m.read])
+            return combine(self._levelled(table, record, False), self.how)
+        texts = []
+        for segment, r in zip(np.flatnonzero(store.response >= 0), record, strict=True):
+            before, own = (store.tokens[store.start[s] : store.start[s + 1]].tolist() for s in (store.parent[segment], segment))
+            ends = end_ids(codec, prompts[r])
+            texts.append(Response(decode_response(codec, tuple(before), own, ends), own[-1] in ends))
+        return self([prompts[r] for r in record], texts)
+
+    def _levelled(self, table: np.ndarray, prompt: np.ndarray, strict: bool) -> np.ndarray:
+        if not np.isfinite(table).all():
+            raise NumericsError(f"{self.name}: a score is not finite")
+        if len(table) == 1:
+            return table
+        if (strict or self.how != "mean") and (np.bincount(prompt) == 1).any() and not all(m.level for m in self.members):
+            raise UsageError(f"{self.name}: a prompt has one response and a member has no mean of reference samples: its level means "
+                             "nothing beside the others'. Give several responses a prompt, or use @mean")  # fmt: skip
+        return centre(table, prompt)
+
+
+def _numbers(prompts: Sequence[Text]) -> np.ndarray:
+    """Equal prompts as equal numbers from 0 on."""
+    known: dict[Text, int] = {}
+    return np.array([known.setdefault(p, len(known)) for p in prompts])
+
+
+def _same(ours: Codec, theirs: Codec) -> bool:
+    """Whether the same ids mean the same text, set the same way."""
+    one, two = ({k: v for k, v in c.describe().items() if k not in ("finish", "control_tokens")} for c in (ours, theirs))
+    return one == two and ours.backend.to_str() == theirs.backend.to_str()
+
+
+def scorer(spec: str, *, device: str = "cpu", dtype: str = "fp32", offline: bool = False, micro_tokens: int = 8192) -> Scorer:
+    """The reward that `spec` names.
+
+    `lexicon:FILE`, `python:FILE.py:FUNCTION`; `model:FOLDER`, a reward model or the run that made it; `model:FOLDER@mean` (or min, lower,
+    variance), an ensemble; `implicit:POLICY@REFERENCE`, beta times the log-ratio, beta being that of POLICY's run.
+
+    Raises UsageError for a spec that cannot be read, DataError and ModelError for what it names.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in SPECS or not colon or not rest:
+        forms = " or ".join(SPECS.values())
+        raise UsageError(f"reward {spec!r}: {f'unknown kind {kind!r}{nearest(kind, SPECS)}' if kind not in SPECS else 'nothing named'}; "
+                         f"give {forms}")  # fmt: skip
+    if kind in KINDS:
+        found = rule(spec)
+        return Scorer(spec, sha256_file(found.path) if found.path else fingerprint(spec), (Member(rule=found),))
+    loading = {"device": device, "dtype": dtype, "offline": offline}
+    if kind == "implicit":
+        return _implicit(spec, rest, loading, micro_tokens)
+    folder, at, how = rest.rpartition("@")
+    if not at:
+        folder, how = rest, ""
+    elif how not in HOWS:
+        if not os.path.exists(rest):
+            raise UsageError(f"reward {spec!r}: {how!r} is none of {', '.join(HOWS)}{nearest(how, HOWS)}")
+        folder, how = rest, ""
+    places = _members(spec, folder, how)
+    members = tuple(_reward_model(place, loading, micro_tokens) for place in places)
+    seen = [models.weights_fingerprint(place, offline=offline) for place in places]
+    return Scorer(spec, fingerprint("reward-1", seen, how, dtype), members, how or "mean")
+
+
+SPECS = {"lexicon": "lexicon:FILE", "python": "python:FILE.py:FUNCTION", "model": "model:FOLDER[@mean|min|lower|variance]",
+         "implicit": "implicit:POLICY@REFERENCE"}  # fmt: skip
+ENSEMBLE = "ensemble.json"  # in the folder of an ensemble: {"members": [folder, ...]}
+
+
+def _members(spec: str, folder: str, how: str) -> list[str]:
+    """The folders of the members that a spec means. Raises UsageError."""
+    listed = Path(folder) / ENSEMBLE
+    if not listed.is_file():
+        if how:
+            raise UsageError(f"reward {spec!r}: {folder} is one model, not an ensemble (no {ENSEMBLE}); leave @{how} out")
+        return [folder]
+    if not how:
+        if (Path(folder) / "model").is_dir():  # the average of the members' weights
+            return [folder]
+        raise UsageError(f"reward {spec!r}: an ensemble; say how its members are one: {', '.join(f'@{h}' for h in HOWS)}")
+    names = read_json(listed).get("members")
+    if not isinstance(names, list) or not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        raise DataError("expected {\"members\": [folder, ...]}, folders beside it", path=listed)
+    return [str(Path(folder) / name) for name in names]
+
+
+def _reward_model(place: str, loading: dict[str, Any], micro_tokens: int) -> Member:
+    model, tokenizer, facts = models.load_reward(place, **loading)
+    shift, scale = facts.get("shift", 0.0), facts.get("scale", 1.0)
+    own = facts.get("codec")
+    try:
+        codec = Codec(tokenizer, **{k: own[k] for k in CODEC}) if own else make_codec(tokenizer)
+    except (KeyError, TypeError):
+        raise DataError(f"'codec' lacks one of {', '.join(CODEC)}", path=f"{place}: {models.REWARD}") from None
+
+    def read(store: Store) -> np.ndarray:
+        return (scores_of(model, store, micro_tokens=micro_tokens, device=loading["device"]) - shift) / scale
+
+    return Member(read, codec, models.window_of(model.config), level="shift" in facts)
+
+
+CODEC = ("template", "template_name", "bos", "eos", "finish", "control_tokens")
+
+
+def scores_of(model: Any, store: Store, *, micro_tokens: int, device: str, records: Sequence[int] | None = None) -> np.ndarray:
+    """What a reward model says of every response of a store, or of these records of it, in order: (R,) float64, not normalised."""
+    share, out = packs(model), [np.zeros(0)]
+    with torch.inference_mode():
+        for group in split(store, range(len(store)) if records is None else records, micro_tokens, share=share):
+            batch = make_batch(store, group, share=share).to(device)
+            out.append(scalars(model, hidden_states(model, batch), batch).cpu().numpy())
+    return np.concatenate(out)
+
+
+def _implicit(spec: str, rest: str, loading: dict[str, Any], micro_tokens: int) -> Scorer:
+    """beta (log pi - log ref), summed over a response's tokens.  Eq. 5 of arXiv:2305.18290 without its f(x)."""
+    policy, at, reference = rest.rpartition("@")
+    if not at or not policy or not reference:
+        raise UsageError(f"reward {spec!r}: give {SPECS['implicit']}")
+    beta = _beta(spec, policy)
+    (ours, tokenizer), (theirs, other) = (models.load(name, **loading) for name in (policy, reference))
+    codec = make_codec(tokenizer)
+    if not _same(codec, make_codec(other)):
+        raise UsageError(f"reward {spec!r}: the two models have different tokenisers or templates, so their log-probs are of different ids")
+    share = packs(ours) and packs(theirs)
+
+    def read(store: Store) -> np.ndarray:
+        out = [np.zeros(0)]
+        with torch.inference_mode():
+            for group in split(store, range(len(store)), micro_tokens, share=share):
+                batch = make_batch(store, group, share=share).to(loading["device"])
+                one, two = (response_sums(token_logps(m, hidden_states(m, batch), batch), batch) for m in (ours, theirs))
+                out.append(beta * (one - two).cpu().numpy())
+        return np.concatenate(out)
+
+    seen = [models.weights_fingerprint(name, offline=loading["offline"]) for name in (policy, reference)]
+    windows = [w for w in (models.window_of(m.config) for m in (ours, theirs)) if w]
+    member = Member(read, codec, min(windows) if windows else None, level=False)
+    return Scorer(spec, fingerprint("implicit-1", seen, beta, loading["dtype"]), (member,))
+
+
+def _beta(spec: str, policy: str) -> float:
+    """beta of the run that trained the policy. Raises UsageError where no run says."""
+    path = Path(policy) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"reward {spec!r}: {policy} is not a run folder, so its beta is not known; give the run that trained it")
+    terms = loss_terms(Dpo(**load_yaml(path.read_text(encoding="utf-8"), path, Dpo)))
+    return terms[0][2].get("beta", 1.0)

@@ -9,6 +9,7 @@ Records are taken one at a time; with a folder the arrays grow on the disk and a
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ class Store:
         record_start: (R+1,) int64: record r owns segments record_start[r]:record_start[r+1]; a parent precedes its children.
         pair: (P, 2) int64 segments chosen, rejected. pair_prob, pair_weight: (P,) float64. pair_start: (R+1,) int64.
         verdict: (U,) int64 segments. verdict_good: (U,) bool. verdict_weight: (U,) float64. verdict_start: (R+1,) int64.
+        score: (S,) float64, the data's own reward of a response, NaN where it has none and for other segments.
         item: (I,) int64 segments, list by list. item_tier: (I,) int32, 0 the best, BELOW. list_start: (L+1,) int64, list l is
             item[list_start[l]:list_start[l+1]]. list_weight: (L,) float64. ranking_start: (R+1,) int64, record r's lists.
         where: per record 'file:line' or its id.
@@ -59,6 +61,7 @@ class Store:
     verdict_good: np.ndarray
     verdict_weight: np.ndarray
     verdict_start: np.ndarray
+    score: np.ndarray
     item: np.ndarray
     item_tier: np.ndarray
     list_start: np.ndarray
@@ -170,13 +173,15 @@ class _Columns:
         self.pair, self.pair_prob, self.pair_weight = column("q"), column("d"), column("d")
         self.verdict, self.good, self.verdict_weight = column("q"), column("b"), column("d")
         self.item, self.item_tier, self.list_weight = column("q"), column("i"), column("d")
+        self.score = column("d")
         self.list_start, self.ranking_start = column("q"), column("q")
         self.where = Places()
         for starts in (self.start, self.record_start, self.pair_start, self.verdict_start, self.list_start, self.ranking_start):
             starts.extend((0,))
 
-    def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int) -> int:
+    def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int, score: float | None = None) -> int:
         self.tokens.extend(ids)
+        self.score.extend((math.nan if score is None else score,))
         self.trained.extend(trained)
         self.start.extend((len(self.tokens),))
         self.parent.extend((parent,))
@@ -215,7 +220,8 @@ class _Columns:
             response=self.response.freeze(), record_start=self.record_start.freeze(), pair=self.pair.freeze().reshape(-1, 2),
             pair_prob=self.pair_prob.freeze(), pair_weight=self.pair_weight.freeze(), pair_start=self.pair_start.freeze(),
             verdict=self.verdict.freeze(), verdict_good=self.good.freeze(), verdict_weight=self.verdict_weight.freeze(),
-            verdict_start=self.verdict_start.freeze(), item=self.item.freeze(), item_tier=self.item_tier.freeze(),
+            verdict_start=self.verdict_start.freeze(), score=self.score.freeze(), item=self.item.freeze(),
+            item_tier=self.item_tier.freeze(),
             list_start=self.list_start.freeze(), list_weight=self.list_weight.freeze(), ranking_start=self.ranking_start.freeze(),
             where=self.where)  # fmt: skip
 
@@ -240,7 +246,7 @@ def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mi
     for record, encoded, others in _with_others(kept) if mismatched else ((r, e, ()) for r, e in kept):
         root = columns.prompt(encoded.prompt)
         for i, (ids, trained) in enumerate(zip(encoded.responses, encoded.trained, strict=True)):
-            columns.segment(ids, trained, root, i)
+            columns.segment(ids, trained, root, i, record.responses[i].score)
         # The first of the records after this one whose response fits: a fixed partner, so that its reference column can be built.
         for other in others:
             if not max_length or len(encoded.prompt) + len(other.responses[0]) <= max_length:

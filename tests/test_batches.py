@@ -72,7 +72,7 @@ def test_any_cut_has_the_same_totals_and_tables(micro):
     assert whole.totals == cut.totals and len(whole.micro) == 1
     joined = join([b.table for b in cut.micro])
     for name, value in vars(whole.micro[0].table).items():
-        assert torch.equal(value, getattr(joined, name)), name
+        assert torch.equal(value.nan_to_num(), getattr(joined, name).nan_to_num()), name
     assert [r for g in split(store, records, micro) for r in g] == records
     assert all(len(b.tokens) <= max(micro, max(tokens_of(store, records))) for b in cut.micro)
 

@@ -454,7 +454,8 @@ def test_soft_labels(name):
     if loss.soft == "swap":
         for_, against = votes * prob, votes * (1 - prob)
         both = torch.arange(16) % 8
-        turned = [Side(*(torch.cat([getattr(s, k), getattr(t, k)]) for k in vars(s))) for s, t in ((chosen, rejected), (rejected, chosen))]
+        turned = [Side(*(torch.cat([x, getattr(t, k)]) for k, x in vars(s).items() if x is not None))
+                  for s, t in ((chosen, rejected), (rejected, chosen))]  # fmt: skip
         same(expected(loss, *turned, torch.ones(16, dtype=torch.float64), torch.cat([for_, against])), value)
         assert len(both) == 16 and not torch.equal(value, expected(loss, chosen, rejected, one, votes))
     if loss.soft == "swap" and loss.separable:

@@ -28,7 +28,8 @@ def ranked(*lists: tuple[list[list[int]], list[int], float]) -> tuple[torch.Tens
 def table(pairs=((0, 1), (2, 3)), prob=(1.0, 1.0), weight=(1.0, 1.0), verdicts=(), good=(), votes=(), mismatched=(), lists=()) -> Table:
     return Table(torch.tensor(pairs).reshape(-1, 2), torch.tensor(prob, dtype=f64), torch.tensor(weight, dtype=f64),
                  torch.tensor(verdicts, dtype=torch.long), torch.tensor(good, dtype=torch.bool), torch.tensor(votes, dtype=f64),
-                 torch.tensor(mismatched, dtype=torch.long), *ranked(*lists), record=torch.zeros(6, dtype=torch.long))  # fmt: skip
+                 torch.tensor(mismatched, dtype=torch.long), *ranked(*lists), score=torch.full((6,), math.nan, dtype=f64),
+                 record=torch.zeros(6, dtype=torch.long))  # fmt: skip
 
 
 # a = policy - reference: 1, -1, 0, 2, 3, -4

@@ -10,17 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import models
 from ..config import Sample
 from ..errors import DataError, UsageError
-from ..evaluate import clustered, prompt_text, score_samples
+from ..evaluate import clustered, score_samples
 from ..files import atomic_write
 from ..formats import read_prompts, to_json
 from ..records import Record, Response
-from ..rewards import rule
+from ..rewards import scorer
 from ..sampling import sample
 from ..screen import bar, say
 from ..store import from_ids
@@ -35,7 +34,7 @@ def run(options: Sample) -> int:
     device = models.pick_device(options.device)
     if options.reference and (options.temperature != 1 or options.top_p != 1):
         raise UsageError("--reference: KL is that of the policy itself, so it needs --temperature 1 and --top-p 1")
-    scoring = rule(options.reward) if options.reward else None
+    scoring = scorer(options.reward, device=device, dtype=options.dtype, offline=options.offline) if options.reward else None
     prompts = read_prompts(options.data, max_records=options.max_records)
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
@@ -58,8 +57,8 @@ def run(options: Sample) -> int:
         )
         facts["kl"] = rb.reshape(shape)
     if scoring:
-        asked = [prompt_text(p) for p in prompts for _ in range(options.k)]
-        facts["reward"] = np.array(scoring(asked, [t for row in texts for t in row])).reshape(shape)
+        said = [Response(texts[i][j], samples[i][j].finished) for i in range(len(ids)) for j in range(options.k)]
+        facts["reward"] = scoring([p for p in prompts for _ in range(options.k)], said).reshape(shape)
     source = {"model": str(options.model), "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed,
               "max_tokens": options.sample_tokens}  # fmt: skip
     lines = []
