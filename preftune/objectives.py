@@ -50,7 +50,7 @@ class Objective:
         reference: 'none', 'token' or 'distribution': what the columns need.
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
-        needs: which columns beyond the sums are read: 'tokens', 'collision', 'given'.
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score'.
         read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
         start: (table, totals) -> the loss while policy = reference, or None where that depends on the policy.
         carry: named numbers that run over steps, before the first; the engine keeps them with the weights. `terms` gets them as they
@@ -76,7 +76,7 @@ class Objective:
         if self.read == "scalar":
             score = scalars(model, hidden, batch)
             length = response_sums(torch.ones_like(batch.target), batch)
-            return Columns(score, torch.zeros_like(score), length, given=batch.table.score if "given" in self.needs else None)
+            return Columns(score, torch.zeros_like(score), length, score=batch.table.score if "score" in self.needs else None)
         logps = token_logps(model, hidden, batch)
         reference = batch.columns["reference"] if self.reference != "none" else None
         return Columns(

@@ -28,7 +28,7 @@ class Side:
         length: (B,) response tokens counted, at least 1.
         tokens: (B, T) log pi - log ref token by token, zero after the end; only for losses that need 'tokens'.
         collision: (B,) sum over tokens of log sum_v pi(v)^2, without gradient; only for losses that need 'collision'.
-        given: (B,) the data's own score of the response; only for losses that need 'given'.
+        score: (B,) the data's own reward of the response, NaN where it has none; only for losses that need 'score'.
     """
 
     policy: Tensor
@@ -36,7 +36,7 @@ class Side:
     length: Tensor
     tokens: Tensor | None = None
     collision: Tensor | None = None
-    given: Tensor | None = None
+    score: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """The same with every column changed."""
