@@ -33,6 +33,12 @@ PLAIN_TEMPLATE = (
 )
 
 
+# Patterns of byte-level tokenisers (GPT-2; Llama 3; Qwen 2) by which a new word begins at a space between two letters, whatever
+# follows: they look at most one character ahead and never back. Text that is cut there has the ids of its two parts.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD_PATTERNS = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", _WORDS % "{1,3}", _WORDS % "")
+LAST_WORD = re.compile(r".*[A-Za-z](?= [A-Za-z])", re.DOTALL)
+
 DISGUISE = 0xF0000  # the first of the private-use characters that stand for control tokens
 
 
@@ -131,6 +137,24 @@ class Codec:
     @cached_property
     def control_ids(self) -> frozenset[int]:
         return frozenset(number for number, t in self.tokenizer.added_tokens_decoder.items() if t.special)
+
+    @cached_property
+    def words_stand_alone(self) -> bool:
+        """Whether the ids of 'one two' are those of 'one' and those of ' two', between any two letters: BPE within known words."""
+        spec = json.loads(self.backend.to_str())
+        normaliser, splits = spec["normalizer"], spec["pre_tokenizer"]
+        parts = splits["pretokenizers"] if splits and splits["type"] == "Sequence" else [splits]
+        last, pattern = parts[-1] or {}, WORD_PATTERNS[0]
+        if len(parts) == 2:
+            split = parts[0]
+            plain = split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"]
+            pattern = split["pattern"].get("Regex", "") if plain else ""
+        return (
+            spec["model"]["type"] == "BPE" and not spec["model"].get("dropout") and len(parts) <= 2 and pattern in WORD_PATTERNS
+            and (normaliser is None or normaliser["type"] == "NFC")
+            and last.get("type") == "ByteLevel" and not last["add_prefix_space"] and last["use_regex"] == (len(parts) == 1)
+            and not any(re.search(r"^\w|\w \w|\w$", token["content"]) for token in spec["added_tokens"])
+        )  # fmt: skip
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -341,6 +365,22 @@ def _layouts(codec: Codec, record: Record) -> tuple[str, list[_Layout]]:
     return prompt, [_dialogue(codec, record.prompt, prompt, r) for r in record.responses]
 
 
+def _cut(codec: Codec, prompt: str, layouts: Sequence[_Layout]) -> int:
+    """Where the prompt may be cut so that its first part is encoded once for all of its answers; 0 where nowhere."""
+    if not codec.words_stand_alone or not all(layout.whole for layout in layouts):
+        return 0
+    found = LAST_WORD.match(prompt)
+    return found.end() if found else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """Ids of a prompt with an answer, as if they had been encoded in one piece; None for offsets that nobody asks for."""
+
+    ids: list[int]
+    offsets: Sequence[tuple[int, int]] | None = None
+
+
 def _response_ids(
     codec: Codec, prompt: str, prompt_ids: list[int], layout: _Layout, joint: Any
 ) -> tuple[list[int], list[bool], str]:
@@ -399,11 +439,12 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
     """Ids of each record, in order; a record that cannot be encoded comes with the DataError that says why.
 
     Response ids are the ids of prompt+response after those of the prompt where the prompt's are a prefix of the joint encoding;
-    otherwise encoded apart without the dummy prefix; otherwise refused. Works through `chunk` records at a time.
+    otherwise encoded apart without the dummy prefix; otherwise refused. Works through `chunk` records at a time. Where words stand
+    alone, all of a prompt but its last word is encoded once, not once for each answer: the ids are the same.
     """
     stream = iter(records)
     while group := list(islice(stream, chunk)):
-        laid: list[tuple[Record, str, list[_Layout], bool] | tuple[Record, DataError]] = []
+        laid: list[tuple[Record, str, list[_Layout], bool, int] | tuple[Record, DataError]] = []
         texts: list[str] = []
         for record in group:
             try:
@@ -412,9 +453,10 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
                 laid.append((record, _located(error, record)))
                 continue
             split = any(_swap(codec, layout.text, control=False) != layout.text for layout in layouts)
-            laid.append((record, prompt, layouts, split))
-            texts += [] if split else [prompt, *(layout.text for layout in layouts)]
-        whole = all(layout.whole for item in laid if len(item) == 4 for layout in item[2])  # then nobody asks where a token stands
+            cut = 0 if split else _cut(codec, prompt, layouts)
+            laid.append((record, prompt, layouts, split, cut))
+            texts += [] if split else [prompt[:cut], prompt[cut:], *(layout.text[cut:] for layout in layouts)]
+        whole = all(layout.whole for item in laid if len(item) == 5 for layout in item[2])  # then nobody asks where a token stands
         read = codec.backend.encode_batch_fast if whole else codec.backend.encode_batch
         encodings = iter(read(texts, add_special_tokens=False))
         for item in laid:
@@ -422,11 +464,16 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
             if len(item) == 2:
                 yield record, item[1]
                 continue
-            _, prompt, layouts, split = item
-            wanted = [prompt, *(layout.text for layout in layouts)]
-            found = [_read(codec, text, apart=False, split=True) for text in wanted] if split else list(islice(encodings, len(wanted)))
+            _, prompt, layouts, split, cut = item
+            if split:
+                first, *joints = (_read(codec, text, apart=False, split=True) for text in (prompt, *(layout.text for layout in layouts)))
+            else:
+                head = next(encodings).ids
+                first, *joints = islice(encodings, 1 + len(layouts))
+                if cut:
+                    first, *joints = (_Whole(head + found.ids) for found in (first, *joints))
             try:
-                yield record, _assemble(codec, record, prompt, layouts, found[0].ids, found[1:])
+                yield record, _assemble(codec, record, prompt, layouts, first.ids, joints)
             except DataError as error:
                 yield record, _located(error, record)
 

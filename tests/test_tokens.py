@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import make
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from preftune.errors import DataError, ModelError, UsageError
 from preftune.records import Judgement, Message, Record, Response
-from preftune.tokens import Encoded, decode_response, encode, encode_prompt, end_ids, make_codec, render
+from preftune.tokens import WORD_PATTERNS, Encoded, _cut, decode_response, encode, encode_prompt, end_ids, make_codec, render
 
 EOS, BOS, END = 257, 256, 259
 
@@ -173,3 +178,45 @@ def test_shared_story_tokeniser_takes_every_pair_jointly(shared_data):
         assert (
             codec.backend.decode([*got.prompt[1:], *got.responses[0]], skip_special_tokens=False) == record.prompt + row["chosen"]
         )
+
+
+WORDS = st.lists(st.sampled_from(["the", "cat's", "don't", "a", " ", "  ", "\n", "\n\n", "x y", "12", "3", "e\u0301t\u00e9", "\u4f60\u597d",
+                                  "?!", " _", "A B", "\u00a0", "it'S", "-", "\u0130\u0301", "\t"]), max_size=14).map("".join)  # fmt: skip
+
+
+def byte_level(pattern: str | None, normaliser=None, **extra):
+    """A byte-level BPE trained on these pages, with GPT-2's own pattern (None) or another before it."""
+    backend = Tokenizer(models.BPE())
+    own = pre_tokenizers.ByteLevel(add_prefix_space=extra.get("add_prefix_space", False), use_regex=pattern is None)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, own]) if split else own
+    backend.decoder, backend.normalizer = decoders.ByteLevel(), normaliser
+    pages = [p.read_text(encoding="utf-8") for p in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))[:6]]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(pages, trainers.BpeTrainer(vocab_size=900, special_tokens=["<eos>"], initial_alphabet=alphabet,
+                                                           show_progress=False))  # fmt: skip
+    return make_codec(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
+
+
+CUTTING = {f"{i}{'-nfc' * n}": byte_level(p, normalizers.NFC() if n else None)
+           for i, p in enumerate([None, *WORD_PATTERNS[1:]]) for n in (0, 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUTTING)
+@settings(max_examples=80, deadline=None)
+@given(prompt=WORDS, answers=st.lists(WORDS, min_size=1, max_size=3))
+def test_a_prompt_encoded_once_has_the_ids_of_one_encoded_with_every_answer(name, prompt, answers):
+    codec = CUTTING[name]
+    assert codec.words_stand_alone
+    slow = replace(codec)
+    slow.__dict__["words_stand_alone"] = False
+    found, wanted = (one(c, pair(prompt, *answers)) for c in (codec, slow))
+    assert found == wanted or (str(found) == str(wanted) and isinstance(found, DataError))
+
+
+def test_prompts_are_cut_only_where_words_are_known_to_stand_alone():
+    other = WORD_PATTERNS[1].replace(r"\p{N}{1,3}", r"\p{N}{1,2}")
+    assert not any(c.words_stand_alone for c in (byte_level(other), byte_level(None, add_prefix_space=True), make_codec(make.tokenizer()),
+                                                 byte_level(None, normalizers.Lowercase())))  # fmt: skip
+    assert _cut(CUTTING["0"], "one two, three four?", ()) == len("one two, three")
+    assert _cut(CUTTING["0"], "1 2", ()) == 0

@@ -169,6 +169,8 @@ ALWAYS_OPTIONAL = ("id", "meta")
 
 def _extras(value: Any) -> list[dict[str, Any]]:
     """What messages carry besides role and text."""
+    if isinstance(value, str):
+        return []
     items = [item if isinstance(item, dict) else {} for item in (value if isinstance(value, list) else [value])]
     known = ("role", "content", "from", "value")
     extra = [{k: v for k, v in item.items() if k not in known and v is not None} for item in items]
