@@ -72,7 +72,7 @@ BUDGET: dict[str, int] = {
     "engine": 460,  # the one loop; with passes that are cut again where memory runs out
     "exact": 700,  # a testbed per kind of objective
     "models": 560,  # what a model folder from a stranger may hold is read by allow-lists before any library sees it
-    "tokens": 500,  # every way in which tokenisers differ, each with its refusal
+    "tokens": 540,  # with prompts encoded once; every way in which tokenisers differ, each with its refusal
     "rewards": 600,  # rules, reward models, ensembles, endpoints' judges: one kind of answer
     "rollouts": 600,  # samples of the current policy as steps
     "evaluate": 700,  # every figure of evidence
