@@ -183,6 +183,13 @@ def _rate(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return rate.rated(options)
 
 
+def _evaluate(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    from .stages import evaluate
+
+    options: Any = options_of(verb, given)
+    return evaluate.written(options)
+
+
 def _function(verb: str, do: Callable[[str, Mapping[str, Any]], Any], returns: str) -> Callable[..., Any]:
     """The verb as a function of keywords whose signature and text are the options themselves."""
     cls = VERBS[verb].options
@@ -208,6 +215,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "logprobs": _function("logprobs", _rows, "a list of dicts: record, response, tokens, logp, mean"),
     "data_check": _function("data check", _check, "what was Checked"),
     "data_convert": _function("data convert", _write, "the Path of the file"),
+    "evaluation": _function("evaluate", _evaluate, "everything that --output writes, as a dict"),
     "rate": _function("rate", _rate, "everything that --json writes: ratings, effects, differences, as a dict"),
     "export": _function("export", _write, "the Path of the folder"),
 }

@@ -10,7 +10,6 @@ decides what to refuse. numpy; torch-free.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +19,10 @@ from hashlib import blake2b
 
 import numpy as np
 
+from .certainty import Z95, mean_of, share_of
 from .records import Places, Record, Text, pairs, prompt_key
 
 EQUAL_SHARE = 0.05  # above this share of equal pairs something is wrong with the file, not with a few rows
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -85,29 +84,6 @@ def characters(text: Text) -> int:
 def _hash(text: str) -> int:
     """64 bits: among a million texts two fall together by chance once in thirty million files."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def mean_of(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float | None]:
-    """Mean and its standard error where values of one cluster depend on each other: (N,) values, (N,) cluster numbers."""
-    if not len(values):
-        return 0.0, None
-    mean = float(values.mean())
-    number = np.unique(cluster, return_inverse=True)[1]
-    rest = np.bincount(number, values - mean)
-    if len(rest) < 2:
-        return mean, None
-    return mean, float(np.sqrt((rest**2).sum() * len(rest) / (len(rest) - 1))) / len(values)
-
-
-def share_of(hits: np.ndarray, cluster: np.ndarray) -> tuple[float, float | None, float | None]:
-    """A share with its 95% Wilson interval, at the number of independent observations that the clustered error stands for."""
-    share, error = mean_of(hits.astype(float), cluster)
-    if error is None:
-        return share, None, None
-    count = share * (1 - share) / error**2 if error > 0 else float(len(np.unique(cluster)))
-    middle, spread = share + Z95**2 / (2 * count), Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    scale = 1 + Z95**2 / count
-    return share, (middle - spread) / scale, (middle + spread) / scale
 
 
 class Ledger:

@@ -30,6 +30,7 @@ from .config import (
     Demo,
     Dpo,
     Env,
+    Evaluate,
     Export,
     Given,
     Logprobs,
@@ -71,11 +72,18 @@ VERBS: dict[str, Verb] = {
     "dpo": Verb(Dpo, "tune a model on preferences; the offline family, --loss picks", "train"),
     "sample": Verb(Sample, "responses of a model to prompts", "make data"),
     "logprobs": Verb(Logprobs, "log-probabilities of the responses in a data file", "judge"),
+    "evaluate": Verb(Evaluate, "metrics of one model on held-out data, with intervals", "judge"),
     "rate": Verb(Rate, "ratings of many from comparisons: Bradley-Terry and its kin", "judge"),
     "chat": Verb(Chat, "talk to a model, or to two side by side", "use"),
     "report": Verb(Report, "one self-contained HTML page from a run folder", "use"),
     "export": Verb(Export, "a folder to publish: model, tokeniser, a factual model card", "use"),
 }
+
+
+
+def _takes_losses(verb: Verb) -> bool:
+    return any(spec.kind == "numbers" for spec in specs(verb.options))
+
 
 HELPS = ("-h", "--help", "--help-all", "--help-losses")
 
@@ -224,7 +232,7 @@ def verb_help(name: str, *, everything: bool = False) -> str:
     lines += [f"{paint['bold']}more{paint['off']}", *rest, ""] if rest else []
     if entries:
         ends = [f"preftune {name} --help-all shows every option"] if rest else []
-        ends += [f"preftune {name} --help-losses every loss"] if verb.options is Dpo else []
+        ends += [f"preftune {name} --help-losses every loss"] if _takes_losses(verb) else []
         ends += [] if rest else ["--debug, anywhere: tracebacks"]
         lines += [f"{paint['dim']}{' · '.join(ends)}{paint['off']}"]
     return "\n".join(lines).rstrip()
@@ -310,7 +318,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, rest = split_verb(words)
     wanted = next((word for word in rest if word in HELPS), None)
-    if wanted == "--help-losses" and VERBS[name].options is Dpo:
+    if wanted == "--help-losses" and _takes_losses(VERBS[name]):
         print(losses_help())
         return 0
     if wanted and wanted != "--help-losses":

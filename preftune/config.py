@@ -216,6 +216,28 @@ class Sample(Computing):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(Judged):
+    """Held-out accuracy, loss, calibration, KL, length, repetition of one model, each with its interval."""
+
+    EXAMPLE = "preftune evaluate --model runs/first --data held-out.jsonl --output results.json"
+    model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
+    data: list[str] = option([], "held-out preference file(s), each a column of the result; any known layout", shows="FILE", required=True, reads="data")
+    reference: str | None = option(None, "what log-ratios and KL are to. Default: what the run that --model is began from", shows="MODEL", reads="model")
+    loss: str | None = option(None, "a loss, or a weighted sum. Default: that of the run that --model is, else sigmoid")
+    beta: float | None = option(None, "KL weight; short for --loss.beta. Default: the run's, else the loss's own", low=0, open_low=True)
+    loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.gamma 0.5", group="evidence")
+    label_smoothing: float | None = option(None, "of the loss, as in training. Default: the run's, else 0", group="evidence", low=0, high=0.5, open_high=True)
+    implicit: bool = option(False, "the model's log-ratio as a reward model, beside every --reward: accuracies and their paired differences")
+    reward: list[str] = option([], "judge the pairs and the samples: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", pattern=REWARD)
+    sample_prompts: int = option(64, "prompts of each file to sample from; 0: none", group="evidence", low=0)
+    k: int = option(1, "samples per prompt", group="evidence", low=1)
+    sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
+    seed: int = option(0, "seed of the sampling and of bootstraps", group="evidence", low=0)
+    output: str | None = option(None, "write everything as JSON", shows="FILE.json")
+    page: str | None = option(None, "write a page", shows="FILE.html")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rate(Options):
     """Ratings of many models, or players of any kind, from comparisons of few. Loads no model."""
 
@@ -558,7 +580,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     return terms
 
 
-def loss_terms(options: Dpo, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
+def loss_terms(options: Dpo | Evaluate, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
     """(weight, loss, all its arguments) for each term of --loss. An argument goes to every term that takes it.
 
     Raises:
@@ -566,7 +588,7 @@ def loss_terms(options: Dpo, labels: Mapping[str, str] | None = None) -> list[tu
     """
     said = {"loss": "--loss", "beta": "--beta", "label_smoothing": "--label-smoothing"} | dict(labels or {})
     try:
-        terms = parse_loss(options.loss)
+        terms = parse_loss(options.loss or "sigmoid")
     except UsageError as error:
         raise UsageError(f"{said['loss']}: {error}") from None
     given = dict(options.loss_arguments)
@@ -586,7 +608,7 @@ def loss_terms(options: Dpo, labels: Mapping[str, str] | None = None) -> list[tu
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} has no soft form, so its labels cannot be smoothed")
         if "noise" in loss_facts()[name].arguments:
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
-    if options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
+    if isinstance(options, Dpo) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
         raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
     arguments = [loss_facts()[name].arguments for _, name in terms]
     return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
@@ -685,6 +707,9 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Sample,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
     ((Sample, Chat), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
     ((Sample,), "reference", lambda o: (o.temperature, o.top_p) != (1, 1), "estimates KL from samples of the model itself: needs --temperature 1 and --top-p 1"),
+    *(((Evaluate,), name, lambda o: o.sample_prompts == 0, "has no effect: --sample-prompts is 0") for name in ("k", "sample_tokens")),
+    ((Evaluate,), "output", lambda o: Path(o.output).suffix != ".json", "must end with .json"),
+    ((Evaluate,), "page", lambda o: Path(o.page).suffix != ".html", "must end with .html"),
     ((Rate,), "cluster", lambda o: o.intervals == "fisher", "has no effect on fisher intervals, which take all comparisons as independent: --intervals sandwich"),
     *(((Rate,), name, lambda o: o.intervals != "bootstrap", "has no effect without --intervals bootstrap") for name in ("draws", "seed")),
     ((Rate,), "ties", lambda o: o.method in ("davidson", "rao-kupper"), "has no effect: this --method models ties"),
@@ -720,7 +745,7 @@ def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
     for verbs, name, contradicts, why in CONTRADICTIONS:
         if isinstance(options, verbs) and name in said and contradicts(options):
             raise UsageError(f"{labels[name]} {why}")
-    if isinstance(options, Dpo):
+    if isinstance(options, Dpo) or (isinstance(options, Evaluate) and options.loss is not None):  # else the run's, which is not read yet
         loss_terms(options, labels)
     _inputs(options, labels)
     return options

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .audit import Z95, share_of
-from .batches import join, make_batch, split, totals_of
-from .objectives import Objective, join_columns, total
-from .readout import as_reference, hidden_states, packs, prefix_kl, response_sums, token_logps
+from .batches import Table, join, make_batch, split, totals_of
+from .certainty import Z95, mean_of, ratio_of, share_of
+from .objectives import Columns, Objective, join_columns, total
+from .readout import as_reference, hidden_states, packs, prefix_entropy, prefix_kl, response_sums, token_logps
 from .records import Response, Text
 from .sampling import sample
 from .store import Store, from_ids
@@ -39,13 +39,19 @@ def clustered(values: np.ndarray) -> tuple[float, float | None]:
     return mean_se(np.asarray(values, dtype=float).mean(axis=1))
 
 
-def held_out(model: Any, objective: Objective, store: Store, records: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray], *,
-             micro_tokens: int, device: str = "cpu") -> dict[str, float | None]:  # fmt: skip
-    """Loss and metrics of these records as one set, batch-statistic losses over all of them at once.
+def judged(store: Store, objective: Objective) -> np.ndarray:
+    """(R,) bool: the store's records with something to learn from, as this objective reads them."""
+    starts = {"lists": store.ranking_start, "pairs": store.pair_start, "verdicts": store.verdict_start,
+              "responses": store.record_start}[objective.reads]  # fmt: skip
+    return np.diff(starts) > 0
 
-    Returns:
-        the objective's metrics, 'loss', 'pairs', and 'accuracy_low', 'accuracy_high' where there are pairs: Wilson's 95% at the
-        number of independent pairs that the error clustered by prompt stands for; None for a single prompt.
+
+def read_out(model: Any, objective: Objective, store: Store, records: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray], *,
+             micro_tokens: int, device: str = "cpu",
+             progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Columns, Table, float]:  # fmt: skip
+    """What the objective reads of these records, as one set: its columns, what is said of their responses, and the loss.
+
+    Passes of `micro_tokens` only cut the work: every sum is taken over the whole set, so batch-statistic losses see all of it.
     """
     share, scored, tables, batches = packs(model), [], [], []
     with torch.inference_mode():
@@ -54,9 +60,22 @@ def held_out(model: Any, objective: Objective, store: Store, records: Sequence[i
             scored.append(objective.score(model, batch))
             tables.append(batch.table)
             batches.append(batch)
+            progress(sum(len(set(t.record.tolist())) for t in tables), len(records))
         whole, table = join_columns(scored), join(tables)
         loss = float(total(objective.terms(whole, table), totals_of(batches, len(records))))
-        found = objective.metrics(whole, table)
+    return whole, table, loss
+
+
+def held_out(model: Any, objective: Objective, store: Store, records: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray], *,
+             micro_tokens: int, device: str = "cpu") -> dict[str, float | None]:  # fmt: skip
+    """Loss and metrics of these records as one set, batch-statistic losses over all of them at once.
+
+    Returns:
+        the objective's metrics, 'loss', 'pairs', and 'accuracy_low', 'accuracy_high' where there are pairs: Wilson's 95% at the
+        number of independent pairs that the error clustered by prompt stands for; None for a single prompt.
+    """
+    whole, table, loss = read_out(model, objective, store, records, columns, micro_tokens=micro_tokens, device=device)
+    found = objective.metrics(whole, table)
     out: dict[str, float | None] = {"loss": loss}
     out |= {name: float(values.mean()) for name, values in found.items() if len(values)}
     if "rewards/accuracies" in found:
@@ -84,14 +103,21 @@ class Drawn:
     kl_k1: np.ndarray
 
 
-def score_samples(model: Any, reference: Any | None, store: Store, *, micro_tokens: int,
-                  device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Rao-Blackwell and k1 sequence KL of every response of a store of rollouts, in order: (R,), (R,) nats.
+KL = ("rb", "k1", "k3", "k3_tokens")  # estimators of a KL divergence from samples of its first argument
+
+
+def divergences(model: Any, reference: Any | None, store: Store, *, micro_tokens: int, device: str = "cpu",
+                entropy: bool = True) -> dict[str, np.ndarray]:  # fmt: skip
+    """KL(model || reference) as each estimator sees it on each response of a store of rollouts that `model` sampled; (R,) nats, in order.
+
+    'rb' sum_t KL(pi(.|s_t) || ref(.|s_t)); with l_t = log pi - log ref of the token taken and L = sum_t l_t: 'k1' L, 'k3' e^-L - 1 + L,
+    'k3_tokens' sum_t (e^-l_t - 1 + l_t). Each is unbiased on samples of the model itself at temperature 1 with nothing cut, and on no
+    others. 'entropy' is sum_t H(pi(.|s_t)), the same way.  http://joschu.net/blog/kl-approx.html, arXiv:2504.10637
 
     Args:
         reference: the frozen model, or None: `model` with this run's adapter off.
     """
-    share, rb, k1 = packs(model), [], []
+    share, parts = packs(model), []
     with torch.inference_mode():
         for group in split(store, range(len(store)), micro_tokens, share=share):
             batch = make_batch(store, group, share=share).to(device)
@@ -99,10 +125,88 @@ def score_samples(model: Any, reference: Any | None, store: Store, *, micro_toke
             with as_reference(model, reference) as frozen:
                 theirs = hidden_states(frozen, batch)
                 reference_logps = token_logps(frozen, theirs, batch)
-            rb.append(response_sums(prefix_kl(model, ours, reference, theirs, batch), batch).cpu().numpy())
             gap = token_logps(model, ours, batch).double() - reference_logps.double()
-            k1.append(response_sums(gap, batch).cpu().numpy())
-    return np.concatenate(rb), np.concatenate(k1)
+            k1 = response_sums(gap, batch)
+            parts.append({"rb": response_sums(prefix_kl(model, ours, reference, theirs, batch), batch), "k1": k1,
+                          "k3": torch.expm1(-k1) + k1, "k3_tokens": response_sums(torch.expm1(-gap) + gap, batch)})  # fmt: skip
+            if entropy:
+                parts[-1]["entropy"] = response_sums(prefix_entropy(model, ours, batch), batch)
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+
+
+def score_samples(model: Any, reference: Any | None, store: Store, *, micro_tokens: int,
+                  device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Rao-Blackwell and k1 sequence KL of every response of a store of rollouts, in order: (R,), (R,) nats."""
+    found = divergences(model, reference, store, micro_tokens=micro_tokens, device=device, entropy=False)
+    return found["rb"], found["k1"]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Fresh samples: k of each of n prompts. prompts: ids. ids, texts: per prompt k. finished, length: (n, k)."""
+
+    prompts: list[tuple[int, ...]]
+    ids: list[list[tuple[int, ...]]]
+    texts: list[list[str]]
+    finished: np.ndarray
+    length: np.ndarray
+
+    def store(self) -> Store:
+        """As rollouts: the ids that were sampled."""
+        return from_ids(self.prompts, self.ids)
+
+    def responses(self) -> list[Response]:
+        """All n k of them, prompt by prompt."""
+        return [Response(text, bool(done)) for texts, ends in zip(self.texts, self.finished, strict=True)
+                for text, done in zip(texts, ends, strict=True)]  # fmt: skip
+
+
+def speak(model: Any, codec: Codec, prompts: Sequence[Text], *, max_tokens: int, k: int = 1, seed: int = 0, temperature: float = 1.0,
+          top_p: float = 1.0, rows_at_once: int = 64,
+          progress: Callable[[int, int], None] = lambda done, total: None) -> Spoken:  # fmt: skip
+    """k samples to each prompt; by default of the model itself: temperature 1, nothing cut."""
+    ids = [encode_prompt(codec, p) for p in prompts]
+    ends = [end_ids(codec, p) for p in prompts]
+    samples = sample(model, ids, ends=ends, k=k, max_tokens=max_tokens, seed=seed, temperature=temperature, top_p=top_p,
+                     rows_at_once=rows_at_once, progress=progress)  # fmt: skip
+    texts = [[decode_response(codec, p, list(s.ids), e) for s in row] for p, row, e in zip(ids, samples, ends, strict=True)]
+    return Spoken(ids, [[s.ids for s in row] for row in samples], texts, np.array([[s.finished for s in row] for row in samples]),
+                  np.array([[len(s.ids) for s in row] for row in samples]))  # fmt: skip
+
+
+def kl_summary(found: Mapping[str, np.ndarray], length: np.ndarray, cluster: np.ndarray, *, name: str = "kl") -> dict[str, float | None]:
+    """Every estimator per sequence and per token (ratio of means), each with its standard error, clustered by prompt.
+
+    Args:
+        found: of `divergences`, (R,) each. length: (R,) tokens. cluster: (R,) prompts.
+    """
+    out: dict[str, float | None] = {}
+    for estimator in KL:
+        key = f"{name}_sequence_{estimator}"
+        out[key], out[f"{key}_se"] = mean_of(found[estimator], cluster)
+        key = f"{name}_token_{estimator}"
+        out[key], out[f"{key}_se"] = ratio_of(found[estimator], length, cluster)
+    return out
+
+
+def repeated(ids: Sequence[int], n: int = 4) -> float:
+    """Share of a response's n-grams that it has said before: 0 where none repeats or there are none; to 1 for a loop.
+
+    >>> repeated([1, 2, 1, 2, 1, 2], n=2)
+    0.6
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """distinct-n over all responses: different n-grams by n-grams; falls with the number of responses, so compare at equal numbers.
+
+    >>> distinct([[1, 2, 3], [1, 2, 4]], n=2)
+    0.75
+    """
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text], *, rule: Reward | None,
@@ -111,19 +215,13 @@ def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text
 
     Truncation at `max_tokens` gives the KL of the truncated process: the same process that was sampled.
     """
-    ids = [encode_prompt(codec, p) for p in prompts]
-    ends = [end_ids(codec, p) for p in prompts]
-    samples = sample(model, ids, ends=ends, k=k, max_tokens=max_tokens, seed=seed)
+    spoken = speak(model, codec, prompts, max_tokens=max_tokens, k=k, seed=seed)
     shape = (len(prompts), k)
-    texts = [[decode_response(codec, p, list(s.ids), e) for s in row] for p, row, e in zip(ids, samples, ends, strict=True)]
-    rollouts = from_ids(ids, [[s.ids for s in row] for row in samples])
-    rb, k1 = score_samples(model, reference, rollouts, micro_tokens=micro_tokens, device=device)
+    rb, k1 = score_samples(model, reference, spoken.store(), micro_tokens=micro_tokens, device=device)
     reward = None
     if rule is not None:
-        said = [Response(t, s.finished) for mine, row in zip(texts, samples, strict=True) for t, s in zip(mine, row, strict=True)]
-        reward = rule([p for p in prompts for _ in range(k)], said).reshape(shape)
-    return Drawn(texts, [[s.ids for s in row] for row in samples], np.array([[s.finished for s in row] for row in samples]),
-                 np.array([[len(s.ids) for s in row] for row in samples]), reward, rb.reshape(shape), k1.reshape(shape))  # fmt: skip
+        reward = rule([p for p in prompts for _ in range(k)], spoken.responses()).reshape(shape)
+    return Drawn(spoken.texts, spoken.ids, spoken.finished, spoken.length, reward, rb.reshape(shape), k1.reshape(shape))
 
 
 def summary(drawn: Drawn) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from . import adapters, checkpoints, engine, estimate, intake, models, reference
 from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
-from .evaluate import Drawn, draw, held_out, paired_difference, summary
+from .evaluate import Drawn, draw, held_out, judged, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
 from .formats import identity
 from .objectives import Objective
@@ -172,7 +172,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     chosen = np.array(found_in.kept)
     kept = plan.stands[chosen]  # the shelf's record of each of the store's
     held = intake.split_by_prompt(taken.prompt[kept], options.holdout, options.seed) if plan.first < 0 else chosen >= plan.first
-    train = np.flatnonzero(~held & _judged(store, objective))
+    train = np.flatnonzero(~held & judged(store, objective))
     if not len(train):
         hint = "; --from-scores best-worst (or all) makes judgements of their scores" if facts["audit"]["scored"] else ""
         raise DataError(f"no training record has {objective.reads}{hint}")
@@ -180,7 +180,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     # Merged weights are rounded, those of an adapter beside its base are not: two references.
     key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base, dtype=options.dtype, device=device)
     columns = _columns(model, store, key, objective, options, device)
-    held_index = np.flatnonzero(held & _judged(store, objective))
+    held_index = np.flatnonzero(held & judged(store, objective))
     if not len(held_index) and (options.patience or options.publish == "best"):
         raise DataError(f"--{'patience' if options.patience else 'publish best'}: no held-out record has {objective.reads}")
     found = selfcheck.check(model, store, train, objective, columns, codec, dtype=options.dtype, device=device, fresh=True)
@@ -266,13 +266,6 @@ def _given(options: Training) -> Path | None:
     """The adapter folder that --model is, if it is one."""
     where = Path(models.resolve(str(options.model), offline=options.offline))
     return where if models.is_adapter(where) else None
-
-
-def _judged(store: Store, objective: Objective) -> np.ndarray:
-    """Store records with something to learn from, as this objective reads them."""
-    starts = {"lists": store.ranking_start, "pairs": store.pair_start, "verdicts": store.verdict_start,
-              "responses": store.record_start}[objective.reads]  # fmt: skip
-    return np.diff(starts) > 0
 
 
 def _columns(model: Any, store: Store, key: str, objective: Objective, options: Training, device: str) -> dict[str, np.ndarray]:

@@ -240,6 +240,16 @@ def prefix_kl(policy: Any, policy_hidden: Tensor, reference: Any | None, referen
     return torch.cat(parts)
 
 
+def prefix_entropy(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """H(pi(.|s_t)) at the prefix of every target, (N,) fp32, nats; without gradient."""
+    head, parts = head_of(model), []
+    with torch.no_grad():
+        for piece in hidden[batch.hidden].split(_chunk(vocabulary_of(model))):
+            log_pi = _wide(head(piece)).log_softmax(-1)
+            parts.append(-torch.where(log_pi == -torch.inf, 0, log_pi.exp() * log_pi).sum(-1))
+    return torch.cat(parts)
+
+
 def response_sums(values: Tensor, batch: Batch) -> Tensor:
     """Sum per-target values (N,) into responses (R,), in float64."""
     out = torch.zeros(batch.responses, dtype=torch.float64, device=values.device)

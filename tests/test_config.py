@@ -25,6 +25,7 @@ from preftune.config import (
     Demo,
     Dpo,
     Env,
+    Evaluate,
     Logprobs,
     Rate,
     Report,
@@ -209,6 +210,12 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Chat, "model --votes v.jsonl", "--votes needs two models"),
     (Chat, "model --temperature 0 --top-p 0.5", "--top-p has no effect"),
     (Chat, "model gpt2 --offline", "--model gpt2: is not a folder here"),
+    (Evaluate, "--model model --data pairs.jsonl --sample-prompts 0 --k 2", "--k has no effect: --sample-prompts is 0"),
+    (Evaluate, "--model model --data pairs.jsonl --sample-prompts 0 --sample-tokens 9", "--sample-tokens has no effect: --sample-prompts"),
+    (Evaluate, "--model model --data pairs.jsonl --output a.html", "--output must end with .json"),
+    (Evaluate, "--model model --data pairs.jsonl --page a.json", "--page must end with .html"),
+    (Evaluate, "--model model --data pairs.jsonl --loss simpoo", "did you mean 'simpo'?"),
+    (Evaluate, "--model model --data pairs.jsonl --reward model", "--reward must be"),
     (Rate, "", "--data must be given, for example:\n  preftune rate games.csv"),
     (Rate, "pairs.jsonl --cluster prompt", "--cluster has no effect on fisher intervals"),
     (Rate, "pairs.jsonl --draws 500", "--draws has no effect without --intervals bootstrap"),
@@ -433,6 +440,7 @@ def values_of(spec: config.Spec) -> st.SearchStrategy:
     if spec.pattern:
         known = {"device": ["cuda:3", "cpu"], "anchor": ["a=b=-1e3", "名 =.5"]}
         value = st.sampled_from(known.get(spec.name, ["lexicon:a b.txt", "python:x.py:f"]))
+        value = st.lists(value, unique=True, max_size=2) if spec.kind == "texts" else value
     return st.none() | value if spec.optional else value
 
 
@@ -534,6 +542,6 @@ def test_every_hint_leads_somewhere():
 def test_the_example_of_every_verb_parses(here, cls):
     for name in ("MODEL", "runs/first"):
         Path(name).mkdir(parents=True)
-    for name in ("prompts.txt", "pairs.csv", "games.csv"):
+    for name in ("prompts.txt", "pairs.csv", "games.csv", "held-out.jsonl"):
         Path(name).write_text("x")
     parse(split_verb(cls.EXAMPLE.split()[1:])[1], cls)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import rooms of lower layers only. Every module of the package has its line here; a new one without a line fails.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "config", "screen"),
-    ("records", "formats", "ratings", "grammar", "losses", "runs", "trackers", "templating"),
+    ("records", "formats", "ratings", "grammar", "losses", "runs", "trackers", "templating", "certainty"),
     ("tokens", "store", "audit"),
     ("batches", "attention", "readout", "exact", "intake"),
     ("models", "adapters", "reference", "parallel", "checkpoints", "objectives"),
