@@ -141,6 +141,11 @@ class Training(Judged):
     max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a lower held-out loss", group="training", low=1)
     min_improvement: float = option(0.0, "what the held-out loss must fall by to count for --patience", group="training", low=0)
+    stop: str | None = option(None, "plateau: stop once the sampled reward is shown to be flat (docs/monitors.md); needs --eval-reward", group="training", choices=("plateau",))
+    plateau_window: int = option(6, "evaluations that --stop plateau looks at, the start not among them", group="training", low=4)
+    plateau_band: float | None = option(None, "change of the mean reward over that window which counts as none. Default: 0.2 standard deviations of one answer's reward", group="training", low=0, open_low=True)
+    kl_limit: float | None = option(None, "KL to the reference, in nats, above which no evaluation is kept by --stop plateau or --publish reward. Default: 0.05 per token", group="training", low=0, open_low=True)
+    kl_unit: str = option("token", "whether --kl-limit is per token or per answer (sequence)", group="training", choices=("token", "sequence"))
     schedule: str = option("linear", "learning rate after warm-up", group="training", choices=("linear", "cosine", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", group="training", low=0, high=1)
     optimiser: str = option("adamw", "adamw, rmsprop (as in the DPO paper), or adamw-8bit (needs the extra [8bit])", group="training", choices=("adamw", "rmsprop", "adamw-8bit"))
@@ -151,15 +156,16 @@ class Training(Judged):
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, more time", group="training")
     auto_micro: bool = option(False, "take a step that runs out of memory again in passes of half the size, and all later ones so; the loss is the same", group="machine")
     # evidence
-    eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run", group="evidence", low=1)
+    eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run, twenty with --stop plateau", group="evidence", low=1)
     eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", group="evidence", shows="REWARD", pattern=REWARD)
+    eval_truth: str | None = option(None, "a second reward, for which --eval-reward is only a proxy: told beside it, watched by --stop plateau, compared for over-optimisation", group="evidence", shows="REWARD", pattern=REWARD)
     eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=0)
     sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
     eval_samples: int = option(1, "samples per prompt", group="evidence", low=1)
     # keeping
     save_every: int | None = option(None, "steps between checkpoints. Default: at every evaluation", group="keeping", low=1)
     keep: int = option(2, "checkpoints kept", group="keeping", low=1)
-    publish: str | None = option(None, "which weights become model/: of the lowest held-out loss, or of the last step. Default: best with --patience, else last", group="keeping", choices=("best", "last"))
+    publish: str | None = option(None, "which weights become model/: of the lowest held-out loss, of the highest sampled reward within --kl-limit, or of the last step. Default: reward with --stop plateau, best with --patience, else last", group="keeping", choices=("best", "reward", "last"))
     track: list[str] = option([], "also send metrics to these: tensorboard, trackio, wandb (the extra [track])", group="keeping", choices=("tensorboard", "trackio", "wandb"), shows="NAME")
     allow_change: list[str] = option([], f"with --resume: go on although these changed since: {', '.join(CHANGES)}", group="keeping", choices=CHANGES, shows="WHAT")
     report: bool = option(True, "write report.html at the end", group="keeping")
@@ -685,6 +691,15 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Sft,), "from_scores", lambda o: not o.preferred, "has no effect without --preferred: all answers are imitated"),
     *(((Training,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
     ((Training,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
+    ((Training,), "stop", lambda o: o.eval_reward is None, "plateau watches the reward of the model's own answers: give --eval-reward RULE (--patience N watches the held-out loss)"),
+    ((Training,), "stop", lambda o: o.patience is not None, "plateau and --patience each say when to stop and what to keep: give one of them"),
+    ((Training,), "publish", lambda o: o.publish == "reward" and o.eval_reward is None, "reward has no reward to go by: give --eval-reward RULE"),
+    *(((Training,), name, lambda o: o.stop is None, "has no effect without --stop plateau") for name in ("plateau_window", "plateau_band")),
+    *(((Training,), name, lambda o: o.stop is None and o.publish != "reward", "has no effect without --stop plateau or --publish reward") for name in ("kl_limit", "kl_unit")),
+    ((Training,), "kl_unit", lambda o: o.kl_unit == "sequence" and o.kl_limit is None, "sequence needs its own --kl-limit: the default of 0.05 is meant per token, per answer it would allow next to nothing"),
+    ((Training,), "eval_truth", lambda o: o.eval_reward is None, "has no proxy to stand beside: give --eval-reward RULE too, or only that"),
+    ((Training,), "eval_truth", lambda o: o.eval_truth == o.eval_reward, "is --eval-reward itself"),
+    ((Training,), "stop", lambda o: o.holdout == 0 and not o.eval_data, "needs held-out prompts: --holdout is 0 and there is no --eval-data"),
     ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
     ((Training,), "allow_change", lambda o: o.resume is None, "has no effect without --resume RUN"),
     ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),

@@ -39,7 +39,7 @@ class State:
         optimizer: over the masters. rate: step -> learning rate. clip: largest gradient norm, 0 for none.
         step: optimiser steps taken. tokens: tokens of forward passes so far. seconds: training time so far.
         carry: what the objective carries from step to step, by name; empty before the first.
-        watch: what `watch_held_out` keeps; empty before the first evaluation.
+        watch: what `watch_held_out` keeps, and under `gate` what `monitors.note` does; empty before the first evaluation.
         normal: the latest losses that were no spikes. level: their size at the beginning, 0 until it is known. leaps: spikes in a row.
         micro_tokens: tokens of the passes that later steps are cut into, once one did not fit; 0 before that.
         moving: a reference that follows the policy, or None: the batches' reference column stands.
@@ -55,7 +55,7 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     carry: dict[str, float] = field(default_factory=dict)
-    watch: dict[str, float] = field(default_factory=dict)
+    watch: dict[str, Any] = field(default_factory=dict)
     normal: list[float] = field(default_factory=list)
     level: float = 0.0
     leaps: int = 0
@@ -70,7 +70,7 @@ def watch_held_out(state: State, loss: float, *, least: float) -> bool:
     `least` (by anything, for 0) below `mark`, where it stood then.
     """
     watch = state.watch
-    best = not watch or loss < watch["best_loss"]
+    best = "best_loss" not in watch or loss < watch["best_loss"]
     if best:
         watch |= {"best_loss": loss, "best_step": state.step}
     moved = "mark" not in watch or (loss <= watch["mark"] - least and loss < watch["mark"])
@@ -110,9 +110,14 @@ def optimiser_named(name: str) -> Any:
     return bitsandbytes.optim.AdamW8bit
 
 
+def warm_steps(warmup: float, steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return math.ceil(warmup * steps)
+
+
 def schedule(kind: str, peak: float, *, steps: int, warmup: float) -> Callable[[int], float]:
     """Learning rate of step 0, 1, ...: a linear rise over `warmup` of the steps, then 'linear', 'cosine' (to 0) or 'constant'."""
-    rise = math.ceil(warmup * steps)
+    rise = warm_steps(warmup, steps)
 
     def rate(step: int) -> float:
         if step < rise:

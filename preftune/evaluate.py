@@ -90,8 +90,9 @@ class Drawn:
     """Fresh samples of a policy: n prompts, k samples each. All arrays (n, k).
 
     Args:
-        texts, ids, finished: the responses. length: tokens. reward: or None without a rule.
+        texts, ids, finished: the responses. length: tokens. reward, truth: or None without their rules.
         kl_rb: sum over the response of KL(pi(.|s) || ref(.|s)), nats: the Rao-Blackwell estimate. kl_k1: log pi - log ref, nats.
+        entropy: sum over the response of H(pi(.|s)), nats. repeated: share of runs of four tokens that stood in it before.
     """
 
     texts: list[list[str]]
@@ -101,6 +102,9 @@ class Drawn:
     reward: np.ndarray | None
     kl_rb: np.ndarray
     kl_k1: np.ndarray
+    truth: np.ndarray | None
+    entropy: np.ndarray
+    repeated: np.ndarray
 
 
 KL = ("rb", "k1", "k3", "k3_tokens")  # estimators of a KL divergence from samples of its first argument
@@ -210,33 +214,37 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
 
 
 def draw(model: Any, reference: Any | None, codec: Codec, prompts: Sequence[Text], *, rule: Reward | None,
-         max_tokens: int, k: int = 1, seed: int = 0, micro_tokens: int = 8192, device: str = "cpu") -> Drawn:  # fmt: skip
+         max_tokens: int, k: int = 1, seed: int = 0, micro_tokens: int = 8192, device: str = "cpu",
+         truth: Reward | None = None) -> Drawn:  # fmt: skip
     """Sample the model at temperature 1 with nothing cut, and measure reward and KL to the reference on those samples.
 
     Truncation at `max_tokens` gives the KL of the truncated process: the same process that was sampled.
     """
     spoken = speak(model, codec, prompts, max_tokens=max_tokens, k=k, seed=seed)
     shape = (len(prompts), k)
-    rb, k1 = score_samples(model, reference, spoken.store(), micro_tokens=micro_tokens, device=device)
-    reward = None
-    if rule is not None:
-        reward = rule([p for p in prompts for _ in range(k)], spoken.responses()).reshape(shape)
-    return Drawn(spoken.texts, spoken.ids, spoken.finished, spoken.length, reward, rb.reshape(shape), k1.reshape(shape))
+    found = divergences(model, reference, spoken.store(), micro_tokens=micro_tokens, device=device)
+    rb, k1, entropy = (found[name].reshape(shape) for name in ("rb", "k1", "entropy"))
+    asked = [p for p in prompts for _ in range(k)]
+    reward, true = (None if by is None else by(asked, spoken.responses()).reshape(shape) for by in (rule, truth))
+    said = np.array([[repeated(ids) for ids in row] for row in spoken.ids])
+    return Drawn(spoken.texts, spoken.ids, spoken.finished, spoken.length, reward, rb, k1, true, entropy, said)
 
 
 def summary(drawn: Drawn) -> dict[str, float | None]:
     """The metrics of fresh samples, each mean with its standard error over prompts.
 
-    `kl_token_rb` is the ratio of means, nats per token, with the delta method's standard error.
+    `kl_token_rb` and `entropy_token` are ratios of means, nats per token, with the delta method's standard error.
     """
     out: dict[str, float | None] = {}
     for name, values in (("kl_sequence_rb", drawn.kl_rb), ("kl_sequence_k1", drawn.kl_k1), ("sample_length", drawn.length),
-                         *((("reward", drawn.reward),) if drawn.reward is not None else ())):  # fmt: skip
-        out[name], out[f"{name}_se"] = clustered(values)
+                         ("repeated_4", drawn.repeated), ("reward", drawn.reward), ("truth", drawn.truth)):  # fmt: skip
+        if values is not None:
+            out[name], out[f"{name}_se"] = clustered(values)
     length = float(drawn.length.mean())
-    rate = float(drawn.kl_rb.mean()) / length
-    error = clustered(drawn.kl_rb - rate * drawn.length)[1]
-    out["kl_token_rb"], out["kl_token_rb_se"] = rate, None if error is None else error / length
+    for name, sums in (("kl_token_rb", drawn.kl_rb), ("entropy_token", drawn.entropy)):
+        rate = float(sums.mean()) / length
+        error = clustered(sums - rate * drawn.length)[1]
+        out[name], out[f"{name}_se"] = rate, None if error is None else error / length
     out["sample_finished"] = float(drawn.finished.mean())
     return out
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import adapters, checkpoints, engine, estimate, intake, models, reference, report, runs, selfcheck, trackers
+from . import adapters, checkpoints, engine, estimate, intake, models, monitors, reference, report, runs, selfcheck, trackers
 from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, UsageError
@@ -74,6 +74,7 @@ class Setup:
     columns: Mapping[str, np.ndarray]
     objective: Objective
     rule: Any | None
+    truth: Any | None
     order: Order
     lr: float
     device: str
@@ -147,10 +148,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
     device = models.pick_device(options.device)
-    scoring = None
-    if options.eval_reward:
-        scoring = scorer(options.eval_reward, device=device, dtype=options.dtype, offline=options.offline,
-                         micro_tokens=options.micro_tokens)  # fmt: skip
+    scoring, truth = scorers(options, device)
     work = reference.cache_folder().with_name("work")
     taken = intake.read_records(task, options, work)
     facts = taken.facts
@@ -201,13 +199,13 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     files = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
     intake.unchanged(taken, (*options.data, *options.eval_data))
     data = fingerprint([found for _, *found in files], options.from_scores)
-    if scoring:
-        facts["eval_reward"] = {"rule": scoring.name, "sha256": scoring.fingerprint}
+    for name, by in (("eval_reward", scoring), ("eval_truth", truth)):
+        facts |= {name: {"rule": by.name, "sha256": by.fingerprint}} if by else {}
     manifest = {
         "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
                          "template": fingerprint(codec.describe()), "base": base, "reference": key,
-                         "reward": scoring.fingerprint if scoring else "none"},
+                         "reward": reward_print(scoring, truth)},
         "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
         "files": [{"name": p, "sha256": found, "weight": weight, "held_out": i >= len(options.data)}
                   for i, (p, found, weight) in enumerate(files)],
@@ -216,10 +214,52 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
     }  # fmt: skip
     prompts = intake.prompts_to_sample(taken, kept, store, held, options, window)
-    setup = Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, order, lr, device,
-                  manifest, meter)  # fmt: skip
+    require_window(options, total, len(prompts))
+    setup = Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, truth, order, lr,
+                  device, manifest, meter)  # fmt: skip
     manifest["memory"] = memory(setup, options)
     return setup
+
+
+def scorers(options: Training, device: str) -> tuple[Any | None, Any | None]:
+    """The rewards of --eval-reward and --eval-truth, None where not asked for."""
+    found = [scorer(spec, device=device, dtype=options.dtype, offline=options.offline, micro_tokens=options.micro_tokens) if spec else None
+             for spec in (options.eval_reward, options.eval_truth)]  # fmt: skip
+    return found[0], found[1]
+
+
+def reward_print(scoring: Any | None, truth: Any | None) -> str:
+    """What of the rewards a resumed run compares with its beginning: of one its own fingerprint, of two both in one."""
+    found = [by.fingerprint for by in (scoring, truth) if by]
+    return fingerprint(found) if len(found) > 1 else found[0] if found else "none"
+
+
+def evaluation_every(options: Training, total: int) -> int:
+    """Steps between evaluations."""
+    return options.eval_every or max(1, math.ceil(total / (20 if options.stop else 10)))
+
+
+def gate_of(options: Training, total: int) -> monitors.Gate | None:
+    """What --stop plateau and --publish reward go by. Evaluations count once the learning rate has risen."""
+    if options.stop is None and publishes(options) != "reward":
+        return None
+    return monitors.Gate(options.plateau_window, options.kl_limit or monitors.KL_LIMIT, options.kl_unit, options.plateau_band,
+                         engine.warm_steps(options.warmup, total))  # fmt: skip
+
+
+def require_window(options: Training, total: int, prompts: int) -> None:
+    """Raises UsageError where --stop plateau could never stop the run before its end, or too few prompts are there to tell."""
+    if options.stop is None:
+        return
+    every, fewest, warm = evaluation_every(options, total), options.plateau_window + 1, engine.warm_steps(options.warmup, total)
+    if (has := math.ceil(total / every) - warm // every) < fewest:
+        most = next((n for n in range(every, 0, -1) if math.ceil(total / n) - warm // n >= fewest), 0)
+        hint = f"--eval-every {most}" if most else "more --epochs or a smaller --batch-size"
+        raise UsageError(f"--stop plateau: the run has {has} evaluations after its warm-up ({total} steps, one every {every}) and needs "
+                         f"{fewest} to be stopped before its end: {hint}")  # fmt: skip
+    if prompts < monitors.FEWEST_PROMPTS:
+        raise UsageError(f"--stop plateau: {prompts} held-out prompts to sample from, {monitors.FEWEST_PROMPTS} are needed to tell flat "
+                         "from not: --eval-prompts, --holdout or --eval-data")  # fmt: skip
 
 
 def memory(setup: Setup, options: Training) -> dict[str, int] | None:
@@ -292,7 +332,8 @@ def _evaluate(options: Training, setup: Setup, step: int) -> tuple[dict[str, Any
     if not setup.prompts:
         return line, None
     drawn = draw(setup.model, setup.frozen, setup.codec, setup.prompts, rule=setup.rule, max_tokens=options.sample_tokens,
-                 k=options.eval_samples, seed=options.seed, micro_tokens=options.micro_tokens, device=setup.device)  # fmt: skip
+                 k=options.eval_samples, seed=options.seed, micro_tokens=options.micro_tokens, device=setup.device,
+                 truth=setup.truth)  # fmt: skip
     return line | summary(drawn), drawn
 
 
@@ -303,7 +344,9 @@ def _sample_rows(setup: Setup, drawn: Drawn, step: int) -> list[dict[str, Any]]:
         for j, text in enumerate(drawn.texts[i]):
             out.append({"step": step, "prompt": shown, "sample": j, "response": text, "finished": bool(drawn.finished[i, j]),
                         "tokens": int(drawn.length[i, j]), "reward": None if drawn.reward is None else float(drawn.reward[i, j]),
-                        "kl": float(drawn.kl_rb[i, j])})  # fmt: skip
+                        **({} if drawn.truth is None else {"truth": float(drawn.truth[i, j])}),
+                        "kl": float(drawn.kl_rb[i, j]), "entropy": float(drawn.entropy[i, j]),
+                        "repeated": float(drawn.repeated[i, j])})  # fmt: skip
     return out
 
 
@@ -331,26 +374,27 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
         say(f"resumed after step {state.step}")
     metrics.cut(found.state["metrics_lines"] if found else 0)
     samples.cut(found.state["samples_lines"] if found else 0)
-    every = options.eval_every or max(1, math.ceil(total / 10))
+    every = evaluation_every(options, total)
     save_every = options.save_every or every
-    best = publishes_best(options)
+    gate = gate_of(options, total)
 
     def over() -> bool:
-        return options.patience is not None and state.watch.get("waited", 0) >= options.patience
+        return stopped(options, state.watch) is not None
 
     def save() -> None:
         numbers = engine.state_numbers(state) | {"metrics_lines": metrics.lines, "samples_lines": samples.lines}
-        numbers["needs"] = [state.watch["best_step"]] if best else []
+        numbers["needs"] = [step for step in (kept_step(options, state.watch),) if step is not None]
         checkpoints.save(folder, state.step, engine.state_tensors(state), numbers, keep=options.keep)
 
     def evaluate() -> bool:
         line, drawn = _evaluate(options, setup, state.step)
+        newest = watch(options, state, gate, line, drawn)
         for row in _sample_rows(setup, drawn, state.step) if drawn else ():
             samples.add(row)
         metrics.add(line)
         track(line)
         say(f"step {state.step}/{total}  {describe(line)}")
-        return "eval/loss" in line and engine.watch_held_out(state, line["eval/loss"], least=options.min_improvement) and best
+        return newest
 
     sending = trackers.tracking(options.track, folder, metrics.rows())
     with runs.stop_on_signals() as stop, bar("training", total) as advance, sending as track:
@@ -367,11 +411,11 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
             track(line)
             announce(line)
             advance(state.step, total, f"loss {line['loss']:.4f}")
-            lowest = (state.step % every == 0 or state.step == total) and evaluate()
-            if state.step % save_every == 0 or state.step == total or lowest or over():
+            newest = (state.step % every == 0 or state.step == total) and evaluate()
+            if state.step % save_every == 0 or state.step == total or newest or over():
                 save()
-            if over():
-                say(f"stopped early: {options.patience} evaluations without a lower held-out loss than {state.watch['mark']:.4f}")
+            if why := stopped(options, state.watch):
+                say(f"stopped early: {why}")
                 break
             stop.check(save, task.verb, folder)
     return _finish(task, options, folder, setup, state, metrics, samples)
@@ -388,9 +432,42 @@ def announce(line: Mapping[str, Any]) -> None:
             f"{engine.some(line['spike_records'])}")  # fmt: skip
 
 
-def publishes_best(options: Training) -> bool:
-    """Whether model/ gets the weights of the lowest held-out loss."""
-    return (options.publish or ("best" if options.patience else "last")) == "best"
+def publishes(options: Training) -> str:
+    """Which weights model/ gets: 'best' (lowest held-out loss), 'reward' (highest sampled reward within the KL limit) or 'last'."""
+    return options.publish or ("reward" if options.stop else "best" if options.patience else "last")
+
+
+def kept_step(options: Training, watch: Mapping[str, Any]) -> int | None:
+    """The step whose weights would be published if the run ended now; None for its last."""
+    found = {"best": watch.get("best_step"), "reward": (watch.get("gate", {}).get("best") or {}).get("step"), "last": None}
+    return found[publishes(options)]
+
+
+def stopped(options: Training, watch: Mapping[str, Any]) -> str | None:
+    """Why the run is over before its last step, in words; None where it goes on."""
+    if options.patience is not None and watch.get("waited", 0) >= options.patience:
+        return f"{options.patience} evaluations without a lower held-out loss than {watch['mark']:.4f}"
+    verdict = watch.get("gate", {}).get("verdict", {})
+    return report.gate_sentence(verdict) if verdict.get("why") else None
+
+
+def watch(options: Training, state: engine.State, gate: monitors.Gate | None, line: dict[str, Any], drawn: Drawn | None) -> bool:
+    """Note an evaluation; its line gets the gate's numbers. Returns whether its weights are now those to publish.
+
+    The gate looks at the truth where it is known, else at the reward.
+    """
+    before = kept_step(options, state.watch)
+    if "eval/loss" in line:
+        engine.watch_held_out(state, line["eval/loss"], least=options.min_improvement)
+    if gate and drawn:
+        reward = drawn.reward if drawn.truth is None else drawn.truth
+        assert reward is not None
+        seen = {k: v for k, v in state.watch.get("gate", {}).items() if k != "verdict"}
+        seen = monitors.note(seen, gate, step=state.step, reward=reward, kl=drawn.kl_rb, length=drawn.length)
+        verdict = monitors.judge(seen, gate) if options.stop else {}
+        line |= monitors.line(verdict)
+        state.watch = state.watch | {"gate": seen | {"verdict": verdict}}
+    return kept_step(options, state.watch) != before
 
 
 def with_error(line: Mapping[str, Any], name: str, digits: int) -> str:
@@ -422,12 +499,11 @@ def describe(line: Mapping[str, Any]) -> str:
 def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: engine.State, metrics: runs.Log,
             samples: runs.Log) -> int:  # fmt: skip
     """Model, results and report; then the lines that a person reads."""
-    early = options.patience is not None and state.watch["waited"] >= options.patience
     steps, published = state.step, state.step
-    if publishes_best(options) and state.watch["best_step"] != state.step:
-        published = int(state.watch["best_step"])
+    if (kept := kept_step(options, state.watch)) is not None and kept != state.step:
+        published = int(kept)
         engine.restore_weights(state, checkpoints.at(folder, published).tensors("weights"))
-        say(f"the model is that of step {published}, whose held-out loss is the lowest")
+        say(f"the model is that of step {published}, whose {KEPT[publishes(options)]}")
     with runs.publish_folder(folder / "model") as staging:
         models.save(setup.model, setup.tokenizer, staging)
     given = _given(options)
@@ -443,14 +519,17 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         shape = (len(setup.prompts), options.eval_samples)
         paired = paired_difference(rewards[0].reshape(shape), rewards[published].reshape(shape))
     scored = [e for e in evaluations if "eval/loss" in e]
+    waited = {name: found for name, found in state.watch.items() if name != "gate"}
+    waited |= {"patience": options.patience, "min_improvement": options.min_improvement}
     results = {
         "stage": task.verb, "loss": setup.objective.name, "steps": steps, "seconds": state.seconds, "tokens": state.tokens,
         "before": evaluations[0], "after": after, "paired_reward": paired,
         "spikes": [{k: row[k] for k in ("step", "loss", "spike_limit", "spike_records")} for row in metrics.rows()
                    if "spike_records" in row],
         "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
-        "published": {"step": published, "why": "best" if publishes_best(options) else "last"},
-        "stopped_early": {**state.watch, "patience": options.patience, "min_improvement": options.min_improvement} if early else None,
+        "published": {"step": published, "why": publishes(options)},
+        "stopped_early": waited if options.patience and state.watch["waited"] >= options.patience else None,
+        "gate": gate_results(options, state.watch), "alarms": monitors.alarms([row for row in drawn if row["step"] <= published]),
         "memory": (setup.manifest["memory"] or {}) | {"peak": setup.meter.peak()},
         "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
     }  # fmt: skip
@@ -459,6 +538,16 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
     for text in summary_lines(folder, results, page):
         print(clean(text))
     return 0
+
+
+KEPT = {"best": "held-out loss is the lowest", "reward": "sampled reward is the highest within the KL limit"}
+
+
+def gate_results(options: Training, watch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What --stop plateau saw last, and the best evaluation within the limit."""
+    if (found := watch.get("gate")) is None or options.stop is None:
+        return None
+    return {"why": "", **found["verdict"], "best": found["best"], "of": "truth" if options.eval_truth else "reward"}
 
 
 def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -> list[str]:
@@ -475,6 +564,8 @@ def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -
         paired = results["paired_reward"]
         lines.append(f"reward        {results['before']['reward']:.3f} -> {after['reward']:.3f}, difference {paired['difference']:+.3f} "
                      f"[{paired['low']:+.3f}, {paired['high']:+.3f}]")  # fmt: skip
+    if (gate := results["gate"]) and gate["why"]:
+        lines.append(f"stopped       {report.gate_sentence(gate)}; kept is step {results['published']['step']}")
     if "eval/displacement" in after:
         lines.append(
             f"displacement  {after['eval/displacement']:+.2f} nats (log-prob of held-out chosen responses against the reference)"

@@ -22,7 +22,7 @@ from .. import config
 from ..errors import DataError, UsageError, nearest
 from ..files import atomic_write, read_json, read_jsonl
 from ..screen import clean
-from .charts import CHARTS, Chart, draw
+from .charts import CHARTS, Chart, draw, gate_charts
 from .findings import (
     Z95,
     Finding,
@@ -31,6 +31,7 @@ from .findings import (
     evaluations,
     findings,
     finite,
+    gate_sentence,
     number,
     percent,
     signed,
@@ -39,7 +40,7 @@ from .findings import (
     verdict,
 )
 
-__all__ = ["Finding", "findings", "summary", "verdict", "visible", "write"]
+__all__ = ["Finding", "findings", "gate_sentence", "summary", "verdict", "visible", "write"]
 ORDINARY = 6  # prompts shown in the data's order, beside the largest gain and the largest loss
 LONGEST_TEXT = 1500  # characters shown of a sample or a prompt
 MOST_ROWS = 200  # rows of a table
@@ -290,6 +291,7 @@ def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[s
     if results.get("paired_reward") is None and (paired := measured(gains)):
         results = {**results, "paired_reward": paired}
     found = findings(run.metrics, results)
+    charts = (*gate_charts(results.get("gate") or {}, scored), *charts)
     level, headline = verdict(found)
     before = results.get("before") or (scored[0] if scored and scored[0]["step"] == 0 else {})
     after = results.get("after") or (scored[-1] if scored and scored[-1]["step"] else {})

@@ -38,6 +38,7 @@ class Chart:
     lines: tuple[Line, ...]
     x: str = "step"
     rule: float | None = None  # a horizontal line that means something: chance, zero
+    rules: tuple[float, ...] = ()  # more of them, known once the run is: a limit, the ends of a band
 
 
 CHARTS = (
@@ -54,7 +55,7 @@ CHARTS = (
         "nats",
         (Line("preferred", "eval/displacement", "blue"), Line("rejected", "displacement/rejected", "orange")), rule=0.0),
     Chart("Reward of sampled answers", "Mean reward of the model's own answers to held-out prompts, 95% band.", "reward",
-        (Line("sampled", "reward", "green", ("reward_se",)),)),
+        (Line("sampled", "reward", "green", ("reward_se",)), Line("its truth", "truth", "blue", ("truth_se",)))),
     Chart("Distance from the reference", "KL divergence on the model's own answers, 95% bands. "
         "Rao-Blackwell sums the exact KL of every token's distribution; Monte Carlo is the plain log-ratio.", "nats per answer",
         (Line("Monte Carlo", "kl_sequence_k1", "faint", ("kl_sequence_k1_se",)),
@@ -67,6 +68,31 @@ CHARTS = (
     Chart("Gradient norm", "Before clipping.", "norm", (Line("training", "grad_norm", "blue"),)),
     Chart("Learning rate", "As the schedule set it.", "rate", (Line("training", "learning_rate", "blue"),)),
 )  # fmt: skip
+
+
+def gate_charts(gate: Row, scored: Sequence[Row]) -> tuple[Chart, ...]:
+    """What --stop plateau looked at: the reward and the change that counts as none, its fitted change, the KL under its limit."""
+    if "reward" not in gate:
+        return ()
+    unit = "nats a token" if gate["unit"] == "token" else "nats per answer"
+    key, band, of = "kl_token_rb" if gate["unit"] == "token" else "kl_sequence_rb", gate["reward"]["band"], gate["of"]
+    seen = [x for row in scored if gate["first"] <= row["step"] <= gate["last"] and (x := value(row, of)) is not None]
+    middle = sum(seen) / max(1, len(seen))
+    return (
+        Chart("The reward and its plateau", "Mean reward of the model's own answers, 95% band. The dashed lines lie as far apart as the "
+            f"change over {gate['window']} evaluations that counts as none, around the mean of steps {gate['first']:,} to "
+            f"{gate['last']:,}.",
+            "reward",
+            (Line("sampled", of, "green", (f"{of}_se",)),), rules=(middle - band / 2, middle + band / 2)),
+        Chart("Is the reward flat?", f"Change of the mean reward along a line through the last {gate['window']} evaluations, 95% interval. "
+            "Flat is where the whole interval lies between the dashed lines.", "reward",
+            (Line("change over the window", "plateau/reward_change", "green", ("plateau/reward_low", "plateau/reward_high")),),
+            rules=(-band, band)),
+        Chart("KL against its limit", "KL to the reference on the model's own answers, 95% band. Dashed: the limit; no step above is kept.",
+            unit, (Line("Rao-Blackwell", key, "orange", (f"{key}_se",)),), rules=(gate["limit"],)),
+    )  # fmt: skip
+
+
 # Colours stand for CSS variables of the page, so that one drawing reads in light and in dark.
 COLOURS = {"axis": "#0a0b01", "grid": "#0a0b02", "faint": "#0a0b03", "blue": "#0a0b04", "orange": "#0a0b05", "green": "#0a0b06"}
 MOST_POINTS = 120
@@ -124,8 +150,8 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("step" if chart.x == "step" else "KL, nats per answer", color=COLOURS["axis"])
     axes.set_ylabel(chart.unit, color=COLOURS["axis"])
-    if chart.rule is not None:
-        axes.axhline(chart.rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
+    for rule in (*chart.rules, *(() if chart.rule is None else (chart.rule,))):
+        axes.axhline(rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
 
 
 def page_svg(text: str, chart: Chart) -> str:

@@ -67,9 +67,10 @@ def findings(metrics: Sequence[Row], results: Row | None) -> list[Finding]:
     before = done.get("before") or next((row for row in scored if row["step"] == 0), None)
     after = done.get("after") or (scored[-1] if scored and scored[-1]["step"] > 0 else None)
     later = [row for row in scored if row["step"] > 0]
-    paired = done.get("paired_reward")
+    paired, alarms = done.get("paired_reward"), done.get("alarms") or {}
     found = [*_course(trainings(metrics), finished="steps" in done), *_accuracy(after), *_reward(before, after, paired),
-             *_kl(after), *_displacement(later, after, paired), *_length(before, after), *_fit(scored)]  # fmt: skip
+             *_kl(after, done.get("gate")), *_displacement(later, after, paired, alarms), *_length(before, after), *_fit(scored),
+             *_gate(done.get("gate")), *_alarms(alarms)]  # fmt: skip
     if any(f.level == "good" for f in found):  # what was learned in few steps was learned
         found = [f for f in found if f.about != "short"]
     return sorted(found, key=lambda f: LEVELS.index(f.level))
@@ -176,7 +177,7 @@ def _reward(before: Row | None, after: Row | None, paired: Row | None) -> Iterat
             "The interval includes 0. More --eval-prompts or --eval-samples narrow it.")  # fmt: skip
 
 
-def _kl(after: Row | None) -> Iterator[Finding]:
+def _kl(after: Row | None, gate: Row | None) -> Iterator[Finding]:
     kl, se, token = (value(after, key) for key in ("kl_sequence_rb", "kl_sequence_rb_se", "kl_token_rb"))
     if kl is None:
         return
@@ -184,9 +185,10 @@ def _kl(after: Row | None) -> Iterator[Finding]:
     text = (f"{number(kl)}{error} nats per answer"
             f"{f', {number(token)} nats per token' if token is not None else ''}: how far the model is from its reference.")
     how = "Rao-Blackwell estimate on the model's own answers at temperature 1, nothing cut; ± is one standard error."
-    if token is not None and token > KL_LIMIT:
+    limit = gate["limit"] if gate and gate.get("unit") == "token" else KL_LIMIT
+    if token is not None and token > limit:
         yield _finding("warn", "kl", "The model has moved far from its reference", text, how,
-            f"Above {KL_LIMIT} nats per token a reward may be bought with what it does not measure: read the samples.",
+            f"Above {limit:g} nats per token a reward may be bought with what it does not measure: read the samples.",
             "A larger beta or fewer epochs hold the model closer.")  # fmt: skip
     else:
         yield _finding("note", "kl", "Distance from the reference", text, how)
@@ -197,8 +199,11 @@ def _kl(after: Row | None) -> Iterator[Finding]:
             "more than four standard errors apart, though both estimate one number. Trust neither before the cause is known.")
 
 
-def _worse(later: Sequence[Row], after: Row | None, paired: Row | None) -> list[str]:
-    """What fell: accuracy below the interval of its best evaluation or below chance, reward below its best or its start."""
+def _worse(later: Sequence[Row], after: Row | None, paired: Row | None, alarms: Row) -> list[str]:
+    """What fell: accuracy below the interval of its best evaluation or below chance, reward below its best or its start.
+
+    Where the samples were compared prompt by prompt (`monitors.alarms`), that decides about the reward.
+    """
     out = []
     rate = value(after, "eval/rewards/accuracies")
     best = max(later, key=lambda row: _or(value(row, "eval/rewards/accuracies"), -math.inf), default=None)
@@ -207,7 +212,9 @@ def _worse(later: Sequence[Row], after: Row | None, paired: Row | None) -> list[
         out.append("held-out accuracy")
     richest = max(later, key=lambda row: _or(value(row, "reward"), -math.inf), default=None)
     drop, change = _change(richest, after, "reward"), _paired(paired)
-    if (drop and drop[2] < 0) or (change and change[2] < 0):
+    told = alarms.get("reward_fell")
+    fell = told["alarm"] if told else bool(drop and drop[2] < 0)
+    if fell or (change and change[2] < 0):
         out.append("the sampled reward")
     return out
 
@@ -216,7 +223,7 @@ def _or(found: float | None, otherwise: float) -> float:
     return otherwise if found is None else found
 
 
-def _displacement(later: Sequence[Row], after: Row | None, paired: Row | None) -> Iterator[Finding]:
+def _displacement(later: Sequence[Row], after: Row | None, paired: Row | None, alarms: Row) -> Iterator[Finding]:
     moved = value(after, "eval/displacement")
     if moved is None:
         return
@@ -233,7 +240,7 @@ def _displacement(later: Sequence[Row], after: Row | None, paired: Row | None) -
         )
         return
     why = "Preference losses reward only the difference between the two answers, so both may fall while their margin grows."
-    worse = _worse(later, after, paired)
+    worse = _worse(later, after, paired, alarms)
     if worse:
         yield _finding("alarm", "displacement", "Preferred answers became less likely, and quality fell too", text, why,
             f"Here {' and '.join(worse)} fell with it: probability is moving to answers that nobody judged.",
@@ -280,6 +287,99 @@ def _fit(scored: Sequence[Row]) -> Iterator[Finding]:
         yield _finding(
             "note", "fit", "Held-out loss was lowest before the end", text, "Fewer steps would fit the held-out pairs better."
         )
+
+
+def _within(found: Row) -> str:
+    return f"{signed(found['change'])} (95% interval {signed(found['low'])} to {signed(found['high'])})"
+
+
+def _over_optimised(found: Row) -> Finding:
+    return _finding("alarm", "over_optimisation", "The reward went up while what it stands for went down",
+        f"Since step {found['since']:,} the reward of its answers changed by {signed(found['reward']['change'])} and that of --eval-truth "
+        f"by {signed(found['change'])}, both beyond doubt.",
+        "The model has found what the proxy does not measure. Keep an earlier step (--stop plateau watches the truth), raise beta, or mend "
+        "the reward: read the answers that it likes best.")  # fmt: skip
+
+
+def _constant(found: Row) -> Finding:
+    return _finding("alarm", "constant", "Every answer got the same reward",
+        f"{found['answers']:,} sampled answers, all {number(found['value'])}: it tells nothing apart, so it cannot say whether the model "
+        "got better.", "Look whether the rule reads what it should, and try it on two answers of which you know the better.")  # fmt: skip
+
+
+def _bought(found: Row) -> Finding:
+    longer = "longer" if found["change"] > 0 else "shorter"
+    return _finding("alarm", "bought", f"The reward was earned with {longer} answers",
+        f"At the start one token more was worth {signed(found['price'])}; the change of length by {_within(found)} tokens accounts for "
+        f"{percent(found['share'])} of the gain in reward.",
+        "Compare answers of equal length before believing it; a reward that does not count length, --loss sigmoid-norm, or pairs of equal "
+        "length take the incentive away.")  # fmt: skip
+
+
+def _narrow(found: Row) -> Finding:
+    return _finding("alarm", "entropy", "The model says nearly the same thing every time",
+        f"The entropy of its answers fell from {number(found['start'])} to {number(found['end'])} nats a token.",
+        "A larger beta, fewer steps or a smaller learning rate keep more ways to answer; an earlier step has more of them.")  # fmt: skip
+
+
+def _repeats(found: Row) -> Finding:
+    return _finding("alarm", "repetition", "The answers repeat themselves",
+        f"Of all runs of four tokens {percent(found['start'])} stood in the same answer before, now {percent(found['end'])}.",
+        "Read the samples. A smaller learning rate or a larger beta helps; losses that count per token invite repetition.")  # fmt: skip
+
+
+def _full(found: Row) -> Finding:
+    return _finding("warn", "saturation", "The reward has no room left",
+        f"{percent(found['share'])} of the last answers got {number(found['value'])}, the highest reward of all "
+        f"({percent(found['before'])} at the start): it can no longer tell better from good.",
+        "A finer reward or harder prompts would go on telling.")  # fmt: skip
+
+
+# What monitors.alarms names -> its words; 'reward_fell' speaks through displacement.
+ALARMS = {"over_optimisation": _over_optimised, "constant": _constant, "length": _bought, "entropy": _narrow, "repetition": _repeats,
+          "saturation": _full}  # fmt: skip
+
+
+def _alarms(alarms: Row) -> Iterator[Finding]:
+    yield from (words(alarms[name]) for name, words in ALARMS.items() if alarms.get(name, {}).get("alarm"))
+
+
+def gate_sentence(gate: Row) -> str:
+    """Why --stop plateau stopped the run, or what it saw last."""
+    reward, kl = gate["reward"], gate["kl"]
+    unit = "a token" if gate["unit"] == "token" else "an answer"
+    course = (f"{signed(reward['change'])} [{signed(reward['low'])}, {signed(reward['high'])}] from step {gate['first']:,} to "
+              f"{gate['last']:,}, flat is within ±{number(reward['band'])}")  # fmt: skip
+    now = f"{number(gate['kl_now'])} nats {unit}, limit {number(gate['limit'])}"
+    moved = f"{signed(kl['change'])} [{signed(kl['low'])}, {signed(kl['high'])}]"
+    return {
+        "plateau": f"the reward is flat ({course}) and the KL stands still within its limit ({now})",
+        "limit": f"the reward is flat ({course}) and the KL is above its limit ({now})",
+        "drift": f"the reward is flat ({course}) while the KL goes on rising ({moved} over the same steps; {now})",
+        "": f"the reward was not shown to be flat with a KL that stands still ({course}; KL {moved} over the same steps, {now})",
+    }[gate["why"]]
+
+
+def _gate(gate: Row | None) -> Iterator[Finding]:
+    if not gate:
+        return
+    best = gate.get("best")
+    kept = f"Within the limit the highest reward was {number(best['reward'])}, at step {best['step']:,}." if best else ""
+    if "reward" not in gate:
+        yield _finding("note", "gate", "The run ended before it could be stopped", "Too few evaluations were made to look for a plateau.")
+    elif gate["why"] == "":
+        text = gate_sentence(gate)
+        needed = gate.get("prompts_needed")
+        constant = "Every answer had the same reward, from the start on: that is no plateau." if gate.get("constant") else ""
+        more = f"About {needed:,} prompts (--eval-prompts) would show a change of this size to be flat." if needed else ""
+        yield _finding("note", "gate", "The run was not stopped", f"{text[0].upper()}{text[1:]}.", constant, more, kept)
+    else:
+        gained = f"Since the start the reward changed by {_within(gate['gained'])}."
+        level, title = {"plateau": ("note", "Stopped: nothing more was gained"),
+                        "limit": ("warn", "Stopped: flat beyond the KL limit"),
+                        "drift": ("warn", "Stopped: it moved on and gained nothing")}[gate["why"]]  # fmt: skip
+        text = gate_sentence(gate)
+        yield _finding(level, "gate", title, f"{text[0].upper()}{text[1:]}.", gained, kept)
 
 
 # ---------------------------------------------------------------- numbers as text
