@@ -212,6 +212,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sft": _function("sft", _train, "the Run"),
     "dpo": _function("dpo", _train, "the Run"),
     "sample": _function("sample", _rows, "the records as a list of dicts"),
+    "score": _function("score", _rows, "the records as a list of dicts"),
+    "pair": _function("pair", _rows, "the records as a list of dicts"),
     "logprobs": _function("logprobs", _rows, "a list of dicts: record, response, tokens, logp, mean"),
     "data_check": _function("data check", _check, "what was Checked"),
     "data_convert": _function("data convert", _write, "the Path of the file"),

@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -31,12 +32,14 @@ from .errors import DataError, ModelError, UsageError, nearest
 
 DEVICE = (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 REWARD = (r"lexicon:.+|python:.+\.py:[^\W\d]\w*|model:.+|implicit:.+@.+", "lexicon:FILE or python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE")
+SCORER = (rf"{REWARD[0]}|judge:https?://.+#.+", f"{REWARD[1]}, or judge:http://HOST:PORT/v1#NAME")
+ENDPOINT = (r"endpoint:https?://.+#.+", "endpoint:http://HOST:PORT/v1#NAME")
 ANCHOR = (r".+=[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", "NAME=VALUE, such as gpt-2=1000")
 # What a resumed run compares with its beginning, and --allow-change lets pass.
 CHANGES = ("data", "tokeniser", "template", "base", "reference", "reward", "config", "threads", "device", "versions")
 GROUPS = {
     "main": "options", "data": "data and tokens", "training": "training", "evidence": "evidence while training",
-    "keeping": "what is kept", "machine": "machine and network",
+    "keeping": "what is kept", "endpoint": "a model behind an endpoint", "machine": "machine and network",
 }  # fmt: skip
 
 
@@ -48,7 +51,8 @@ def option(default: Any, text: str, *, group: str = "main", choices: tuple[str, 
     Args:
         choices: the only texts; for a `float | str` field the words allowed beside numbers.
         shows: what `--help` calls the value. positional: may also stand without its flag.
-        reads: 'data' for files that must be there, 'model' for a folder or a hub name. pattern: (regular expression, what it asks for).
+        reads: 'data' for files that must be there, 'model' for a folder or a hub name, 'speaker' for those or an endpoint, 'endpoint' for
+            a text that may name one. pattern: (regular expression, what it asks for).
     """
     meta = {"help": text, "group": group, "choices": choices, "low": low, "high": high, "open_low": open_low, "open_high": open_high,
             "shows": shows, "required": required, "positional": positional, "reads": reads, "pattern": pattern}  # fmt: skip
@@ -102,6 +106,18 @@ class Computing(Texts):
     max_records: int | None = option(None, "read at most this many records", group="data", low=1)
     dtype: str = option("fp32", "number format of the forward pass; when training, bf16 keeps an fp32 master copy", group="machine", choices=("fp32", "bf16"))
     threads: int | None = option(None, "CPU threads. Default: 1 for models under a million parameters, else all cores", group="machine", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Options):
+    """How a model behind an OpenAI-compatible endpoint is asked."""
+
+    concurrency: int = option(8, "requests at a time", group="endpoint", low=1)
+    retries: int = option(5, "how often a request that failed is sent again, after longer and longer waits", group="endpoint", low=0)
+    timeout: float = option(120.0, "seconds for one answer", group="endpoint", low=0, open_low=True)
+    key_variable: str | None = option(None, "environment variable that holds the API key; its value is written nowhere", group="endpoint", shows="NAME", pattern=(r"[A-Za-z_]\w*", "the name of an environment variable, never the key itself"))
+    price_in: float = option(0.0, "price of a million tokens read, in any currency", group="endpoint", low=0)
+    price_out: float = option(0.0, "price of a million tokens written", group="endpoint", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +220,11 @@ class Logprobs(Judged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Computing):
-    """Responses of a model to prompts, as canonical records."""
+class Sample(Computing, Asking):
+    """Responses of a model to prompts, as canonical records. The same command goes on where a stopped one was."""
 
     EXAMPLE = "preftune sample --model MODEL --data prompts.txt --output samples.jsonl"
-    model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
+    model: str | None = option(None, "model folder, run folder or hub name, or endpoint:http://HOST:PORT/v1#NAME", required=True, reads="speaker")
     data: list[str] = option([], "prompts: one per line (.txt), JSONL with \"prompt\", or any known layout", shows="FILE", required=True, reads="data")
     output: str | None = option(None, "JSONL file to write", shows="FILE.jsonl", required=True)
     k: int = option(1, "samples per prompt", low=1)
@@ -219,6 +235,9 @@ class Sample(Computing):
     batch_size: int = option(16, "rows at once", low=1)
     reference: str | None = option(None, "also estimate each sample's KL from this model (Rao-Blackwell)", shows="MODEL", reads="model")
     reward: str | None = option(None, "score the samples: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", pattern=REWARD)
+    dry_run: bool = option(False, "say what would be done, and do nothing")
+    api: str = option("auto", "how prompts are put: chat, completions, or auto: messages as chat, text as completions", group="endpoint", choices=("auto", "chat", "completions"))
+    skip_bad: bool = option(False, "leave out and count responses that the endpoint does not give, instead of keeping the file open for them", group="endpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +260,52 @@ class Evaluate(Judged):
     seed: int = option(0, "seed of the sampling and of bootstraps", group="evidence", low=0)
     output: str | None = option(None, "write everything as JSON", shows="FILE.json")
     page: str | None = option(None, "write a page", shows="FILE.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Machine, Asking):
+    """A reward for every response of a file, or verdicts of a judge on every two. The same command goes on where a stopped one was."""
+
+    EXAMPLE = "preftune score --data samples.jsonl --reward lexicon:words.txt --output scored.jsonl"
+    data: list[str] = option([], "file(s) with prompts and responses; any known layout", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "JSONL file to write", shows="FILE.jsonl", required=True)
+    reward: list[str] = option([], "who scores; several are put together by --combine: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER, implicit:POLICY@REFERENCE, judge:http://HOST:PORT/v1#NAME", shows="SPEC", reads="endpoint", pattern=SCORER)
+    combine: str | None = option(None, "one number of several rewards", choices=("mean", "sum"))
+    judge: str | None = option(None, "instead of scores: a model compares every two responses in both orders, a tie where the order changes the verdict", shows="endpoint:URL#NAME", reads="endpoint", pattern=ENDPOINT)
+    question: str | None = option(None, "text file: what the judge is asked to look for. Default: helpful, correct, clear", shows="FILE.txt", reads="data")
+    judge_tokens: int = option(512, "longest answer of a judge in tokens", group="endpoint", low=1)
+    replace: bool = option(False, "put new scores or judgements in the place of those that are there")
+    dry_run: bool = option(False, "say what would be done, and do nothing")
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    skip_bad: bool = option(False, "count and list unusable rows, and verdicts that a judge does not give, instead of stopping", group="data")
+    max_records: int | None = option(None, "read at most this many records", group="data", low=1)
+    micro_tokens: int = option(8192, "tokens in one forward pass of a reward model", group="machine", low=1)
+    dtype: str = option("fp32", "number format of a reward model's forward pass", group="machine", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Online):
+    """Scores into judgements: pairs, rankings, the best of n, rejection sampling, or pairs worth a person's time. Loads no model."""
+
+    EXAMPLE = "preftune pair --data scored.jsonl --how best-worst --output pairs.jsonl"
+    data: list[str] = option([], "scored records; any known layout", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "JSONL file to write", shows="FILE.jsonl", required=True)
+    how: str = option("best-worst", "judgements: best-worst, best-random, all, ranking; responses kept as they are: best-of-n, rejection", choices=("best-worst", "best-random", "all", "ranking", "best-of-n", "rejection"))
+    ask: int | None = option(None, "instead: so many pairs most worth a person's time, unjudged, the most doubtful first", low=1, shows="N")
+    ask_by: str = option("margin", "doubt is a small difference of scores, or disagreement of the rewards that were combined", choices=("margin", "disagreement"))
+    margin: float = option(0.0, "leave out pairs whose scores differ by less, or not at all", low=0)
+    limit: int | None = option(None, "at most so many pairs (drawn by lot), or accepted responses (the first), of a prompt", low=1)
+    soft: float | None = option(None, "soft labels: P(better) = sigmoid(difference of scores / SCALE). Default: hard labels", low=0, open_low=True, shows="SCALE")
+    of: int | None = option(None, "best-of-n: of how many, in groups in the order drawn. Default: all responses of a prompt", low=2)
+    beta: float | None = option(None, "rejection: the KL weight of the policy that is drawn from; accepted with probability exp((r - r_max) / beta)", low=0, open_low=True)
+    r_max: float | str = option("prompt", "rejection: the largest reward there can be, or prompt: the largest of each prompt's samples", choices=("prompt",))
+    reference: str | None = option(None, "rejection: the model whose samples these must be, known by its weights. Default: any one model", shows="MODEL", reads="model")
+    replace: bool = option(False, "judge again what is judged already. Default: such records go through as they are, counted")
+    seed: int = option(0, "seed of the lots", low=0)
+    dry_run: bool = option(False, "count, and write nothing")
+    format: str = option("auto", "layout of the data; auto detects it", group="data")
+    skip_bad: bool = option(False, "count and list unusable rows instead of stopping", group="data")
+    max_records: int | None = option(None, "read at most this many records", group="data", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -648,12 +713,47 @@ def data_source(text: str) -> tuple[str, float]:
     return match[1], float(match[2])
 
 
+class Address(NamedTuple):
+    """Where a model answers, and what it is called there. `loopback`: on this machine."""
+
+    url: str
+    name: str
+    loopback: bool
+
+
+def address(text: str) -> Address:
+    """The address of 'endpoint:http://HOST:PORT/v1#NAME' (or 'judge:...'). Raises UsageError for one that cannot be read, or holds a secret.
+
+    >>> address("endpoint:http://127.0.0.1:8000/v1#tiny")
+    Address(url='http://127.0.0.1:8000/v1', name='tiny', loopback=True)
+    """
+    kind, _, rest = text.partition(":")
+    url, _, name = rest.partition("#")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"{text}: not an address: {error}") from None
+    if parts.scheme not in ("http", "https") or not host or not name or not url.isascii() or not url.isprintable() or " " in url:
+        raise UsageError(f"{text}: expected {kind}:http://HOST:PORT/v1#NAME, the name as the endpoint calls the model")
+    if "@" in parts.netloc or parts.query:
+        raise UsageError(f"{kind}: an address must not hold a user, a password or a query; a key goes by --key-variable NAME")
+    return Address(url.rstrip("/"), name, host in ("localhost", "::1") or bool(re.fullmatch(r"127\.\d+\.\d+\.\d+", host)))
+
+
 def _inputs(options: Options, labels: Mapping[str, str]) -> None:
     """Refuse what is not there before anything heavy is imported. DataError, ModelError, or UsageError for --offline."""
     for spec in specs(type(options)):
         value = getattr(options, spec.name) if spec.reads else None
         for text in [value] if isinstance(value, str) else value or []:
             text = data_source(text)[0] if spec.reads == "data" else text
+            if spec.reads in ("speaker", "endpoint") and text.startswith(("endpoint:", "judge:")):
+                place, label = address(text), labels.get(spec.name, spec.flag)
+                if isinstance(options, Online) and options.offline and not place.loopback:
+                    raise UsageError(f"{label} {text}: --offline refuses an endpoint that is not on this machine")
+                continue
+            if spec.reads == "endpoint":
+                continue
             if os.path.exists(text):  # unlike Path.exists, also False for a name that is too long
                 continue
             hub = spec.reads == "data" and text.startswith("hub:")
@@ -683,6 +783,18 @@ def _neighbour(text: str) -> str:
 
 Given = dict[str, tuple[Any, str]]  # field name or 'loss.NAME' -> (value, what the user wrote: '--lr' or 'run.yaml:3: lr')
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+ASKING = ("concurrency", "retries", "timeout", "key_variable", "price_in", "price_out")
+PAIRS = ("best-worst", "best-random", "all")
+
+
+def _asks(model: str | None) -> bool:
+    return str(model).startswith("endpoint:")
+
+
+def _judges(options: Score) -> bool:
+    return options.judge is not None or any(spec.startswith("judge:") for spec in options.reward)
+
 
 # (verbs, option, when it contradicts the rest, why). Looked at only where the option was given; `o` has every value.
 CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool], str], ...] = (
@@ -714,6 +826,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
     ((Dpo,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
     ((Dpo,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
+    ((Score, Pair), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
     ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),
     ((DataConvert,), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
@@ -725,6 +838,20 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     *(((Evaluate,), name, lambda o: o.sample_prompts == 0, "has no effect: --sample-prompts is 0") for name in ("k", "sample_tokens")),
     ((Evaluate,), "output", lambda o: Path(o.output).suffix != ".json", "must end with .json"),
     ((Evaluate,), "page", lambda o: Path(o.page).suffix != ".html", "must end with .html"),
+    *(((Sample,), name, lambda o: _asks(o.model), "has no effect on a model behind an endpoint") for name in ("reference", "batch_size", "dtype", "device", "threads", "bos", "template", "control_tokens")),
+    *(((Sample,), name, lambda o: not _asks(o.model), "has no effect without --model endpoint:...") for name in ("api", "skip_bad", *ASKING)),
+    *(((Score,), name, lambda o: not _judges(o), "has no effect without a judge") for name in ("question", "judge_tokens", *ASKING)),
+    ((Score,), "judge", lambda o: bool(o.reward), "compares, --reward scores: one at a time"),
+    ((Score,), "combine", lambda o: len(o.reward) < 2, "has no effect on fewer than two rewards"),
+    *(((Score,), name, lambda o: not any(spec.startswith(("model:", "implicit:")) for spec in o.reward), "has no effect without a reward model") for name in ("micro_tokens", "dtype", "device")),
+    *(((Pair,), name, lambda o: o.ask is not None, "has no effect with --ask, which judges nothing") for name in ("how", "soft", "replace")),
+    ((Pair,), "ask_by", lambda o: o.ask is None, "has no effect without --ask N"),
+    ((Pair,), "soft", lambda o: o.how not in PAIRS, "is of pairs: --how best-worst, best-random or all"),
+    ((Pair,), "margin", lambda o: o.ask is None and o.how not in PAIRS, "is of pairs: --how best-worst, best-random or all"),
+    ((Pair,), "limit", lambda o: o.ask is None and o.how not in ("all", "rejection"), "has no effect: only --how all, rejection and --ask have several of a prompt"),
+    ((Pair,), "of", lambda o: o.how != "best-of-n", "has no effect without --how best-of-n"),
+    *(((Pair,), name, lambda o: o.how != "rejection", "has no effect without --how rejection") for name in ("beta", "r_max", "reference")),
+    ((Pair,), "how", lambda o: o.how == "rejection" and o.beta is None, "rejection needs --beta: the KL weight of the policy that is drawn from"),
     ((Rate,), "cluster", lambda o: o.intervals == "fisher", "has no effect on fisher intervals, which take all comparisons as independent: --intervals sandwich"),
     *(((Rate,), name, lambda o: o.intervals != "bootstrap", "has no effect without --intervals bootstrap") for name in ("draws", "seed")),
     ((Rate,), "ties", lambda o: o.method in ("davidson", "rao-kupper"), "has no effect: this --method models ties"),

@@ -84,6 +84,12 @@ class SelfCheckError(PreftuneError):
     exit_code = 9
 
 
+class EndpointError(PreftuneError):
+    """An endpoint that refuses, is down, or left answers out. What it did answer is kept, and the same command goes on."""
+
+    exit_code = 10
+
+
 class Interrupted(PreftuneError):
     """A signal stopped the run at a step boundary after a checkpoint was written. 130 for SIGINT, 143 for SIGTERM."""
 

@@ -1,11 +1,13 @@
 """The run directory: what a stage writes while it trains, and how it finds its place again.
 
-config.yaml, manifest.json, metrics.jsonl, samples.jsonl, results.json, checkpoints/, model/. This room knows files, not mathematics.
+config.yaml, manifest.json, metrics.jsonl, samples.jsonl, results.json, checkpoints/, model/; and files of lines that grow over several
+lives of a process (`draft`). This room knows files, not mathematics.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shlex
@@ -22,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import CheckpointError, DiskError, Interrupted, UsageError
-from .files import append_jsonl, atomic_write, disk, free_bytes, read_jsonl
+from .files import append_jsonl, atomic_write, disk, dumps, free_bytes, owned, publish_file, read_jsonl, write_all
 
 PACKAGES = ("preftune", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 
@@ -96,6 +98,112 @@ class Log:
     def rows(self) -> list[dict[str, Any]]:
         """Every line, parsed."""
         return read_jsonl(self.path) if self.path.exists() else []
+
+
+@dataclass
+class Draft:
+    """A file in the making: numbered items, kept as they are finished, in any order. Made by `draft`.
+
+    Args:
+        path: where it lies. output: where the whole will be. places: item -> (offset, length) of its JSON.
+    """
+
+    path: Path
+    output: Path
+    handle: int
+    end: int
+    places: dict[int, tuple[int, int]]
+
+    def add(self, items: Mapping[int, Any]) -> None:
+        """Keep items. When this returns they are on the disk. Raises DiskError (the draft is as before), NumericsError."""
+        lines = [(number, dumps([number, item], self.path).encode("utf-8") + b"\n") for number, item in items.items()]
+        data = b"".join(line for _, line in lines)
+        with disk(self.path, needed=len(data)):
+            try:
+                os.lseek(self.handle, self.end, os.SEEK_SET)
+                write_all(self.handle, data)
+            except OSError:
+                os.ftruncate(self.handle, self.end)
+                raise
+            os.fdatasync(self.handle)
+        for number, line in lines:
+            self.places[number] = (self.end, len(line))
+            self.end += len(line)
+
+    def item(self, number: int) -> Any:
+        """An item that was kept."""
+        start, length = self.places[number]
+        return json.loads(os.pread(self.handle, length, start))[1]
+
+    def publish(self, lines: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
+        """Write the whole in its place, a line each, and remove the draft. Raises DiskError."""
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as out:
+                for row in lines():
+                    out.write(dumps(row, self.output) + "\n")
+
+        publish_file(self.output, write)
+        self.path.unlink()
+
+
+@contextmanager
+def draft(output: Path, made_from: Mapping[str, Any]) -> Iterator[Draft]:
+    """The draft of `output`: begun, or gone on with where a process left it. A torn last line is cut off.
+
+    Args:
+        made_from: everything that the items depend on, for JSON. A draft begun from anything else is refused.
+
+    Raises:
+        UsageError: the output is there already. CheckpointError: what the items depend on has changed. DiskError: another process is
+        at it, or no space.
+    """
+    if output.exists():
+        raise UsageError(f"--output {output}: exists already; name a new file")
+    path = output.with_name(f"{output.name}.draft")
+    with disk(path):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        if owned(handle) is False:
+            raise DiskError(f"{path}: another process writes it; wait for that one, or choose another --output")
+        with disk(path):
+            first, places, end = _drafted(path)
+            os.ftruncate(handle, end)
+        found = Draft(path, output, handle, end, places)
+        wanted = json.loads(dumps(made_from, path))
+        if first is None:
+            found.add({-1: wanted})
+        elif changed := [name for name in dict.fromkeys((*first, *wanted)) if first.get(name) != wanted.get(name)]:
+            told = "; ".join(f"{name} {_brief(first.get(name))} -> {_brief(wanted.get(name))}" for name in changed[:8])
+            raise CheckpointError(f"{path}: changed since this was begun: {told}\n"
+                                  "  give what was given then, or delete that file to begin anew")  # fmt: skip
+        found.places.pop(-1, None)
+        yield found
+    finally:
+        os.close(handle)
+
+
+def _brief(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."
+
+
+def _drafted(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, int]], int]:
+    """(what it is made from, place of every item, where its last whole line ends) of a draft. Raises CheckpointError for another file."""
+    first, places, end = None, {}, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                name, item = json.loads(line)
+                first = dict(item) if number == 0 else first
+                places[int(name)] = (end, len(line))
+            except (ValueError, TypeError):
+                raise CheckpointError(f"{path}:{number + 1}: not a line that preftune wrote; move that file away") from None
+            end += len(line)
+    return first, places, end
 
 
 # Options that no number depends on: they are obeyed on --resume and written down.

@@ -86,24 +86,26 @@ def stream(model: Any, prompts: Sequence[Sequence[int]], *, ends: Sequence[Seque
 
 
 def sample(model: Any, prompts: Sequence[Sequence[int]], *, ends: Sequence[Sequence[int]], k: int = 1, max_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, rows_at_once: int = 64,
+           temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, rows_at_once: int = 64, numbers: Sequence[int] | None = None,
            progress: Callable[[int, int], None] = lambda done, total: None) -> list[list[Sample]]:  # fmt: skip
     """k responses to each prompt.
 
     Args:
         prompts: per prompt its ids. ends: per prompt the ids that end a response. max_tokens: longest response, end token included.
         rows_at_once: rows in one forward pass; rows of similar prompt length go together. progress: (rows done, rows in all).
+        numbers: per prompt the number that its randomness is drawn from. Default: its place. So a part of a file can be sampled alone.
 
     Returns:
         per prompt, its k samples.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     jobs = sorted(((len(p), i, j) for i, p in enumerate(prompts) for j in range(k)))
     out: list[list[Sample | None]] = [[None] * k for _ in prompts]
     for a in range(0, len(jobs), rows_at_once):
         group = [(i, j) for _, i, j in jobs[a : a + rows_at_once]]
         got: list[list[tuple[int, float]]] = [[] for _ in group]
         for token, logp, alive in stream(model, [prompts[i] for i, _ in group], ends=[ends[i] for i, _ in group],
-                                         rows=[i * k + j for i, j in group], max_tokens=max_tokens, temperature=temperature,
+                                         rows=[numbers[i] * k + j for i, j in group], max_tokens=max_tokens, temperature=temperature,
                                          top_p=top_p, seed=seed):  # fmt: skip
             for row in alive.nonzero()[:, 0].tolist():
                 got[row].append((int(token[row]), float(logp[row])))

@@ -27,9 +27,11 @@ from preftune.config import (
     Env,
     Evaluate,
     Logprobs,
+    Pair,
     Rate,
     Report,
     Sample,
+    Score,
     Sft,
     build,
     is_path_like,
@@ -198,6 +200,8 @@ def test_invalid_words_are_refused(here, words, fragment):
     assert len(str(error.value).splitlines()) <= 3
 
 
+ENDPOINT = "--model endpoint:http://127.0.0.1:1/v1#m --data pairs.jsonl --output s"
+ASKING = ("--concurrency 2", "--retries 2", "--timeout 2", "--key-variable NAME", "--price-in 2", "--price-out 2")
 OTHER_VERBS: list[tuple[type, str, str]] = [
     (Dpo, "", "--model, --data and --output must be given, for example:\n  preftune dpo --model"),
     (Dpo, "--model model --data pairs.jsonl", "--output must be given"),
@@ -218,6 +222,33 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Sample, "--top-p 0", "--top-p must be a number above 0 and at most 1"),
     (Sample, "--max-new-tokens 8", "did you mean '--sample-tokens'?"),
     (Sample, "--prompts x.txt", "did you mean '--data'?"),
+    *((Sample, f"{ENDPOINT} {words}", f"{words.split()[0]} has no effect on a model behind an endpoint") for words in (
+        "--reference model", "--batch-size 4", "--dtype bf16", "--device cpu", "--threads 1", "--bos never", "--template plain",
+        "--control-tokens split")),
+    *((Sample, f"--model model --data pairs.jsonl --output s {words}", f"{words.split()[0]} has no effect without --model endpoint:")
+      for words in ("--api chat", "--skip-bad", *ASKING)),
+    (Sample, "--model endpoint:http://h --data pairs.jsonl --output s", "expected endpoint:http://HOST:PORT/v1#NAME"),
+    (Sample, "--model endpoint:http://u:p@h/v1#m --data pairs.jsonl --output s", "must not hold a user, a password or a query"),
+    (Sample, "--model endpoint:http://h/v1?key=s#m --data pairs.jsonl --output s", "must not hold a user, a password or a query"),
+    (Sample, "--model endpoint:http://h:x/v1#m --data pairs.jsonl --output s", "not an address"),
+    (Sample, "--model endpoint:http://h/v1#m --data pairs.jsonl --output s --offline", "--offline refuses an endpoint that is not on this"),
+    *((Score, f"--data pairs.jsonl --output s --reward lexicon:x {words}", f"{words.split()[0]} has no effect without a judge")
+      for words in ("--question other.jsonl", "--judge-tokens 9", *ASKING)),
+    (Score, "--data pairs.jsonl --output s --reward lexicon:x --judge endpoint:http://h/v1#m", "--judge compares, --reward scores"),
+    (Score, "--data pairs.jsonl --output s --reward lexicon:x --combine sum", "--combine has no effect on fewer than two"),
+    *((Score, f"--data pairs.jsonl --output s --reward lexicon:x {words}", f"{words.split()[0]} has no effect without a reward model")
+      for words in ("--micro-tokens 9", "--dtype bf16", "--device cpu")),
+    (Score, "--data pairs.jsonl --output s --reward length", "--reward must be lexicon:FILE or python:FILE.py:FUNCTION"),
+    (Score, "--data pairs.jsonl --output s --judge http://h/v1#m", "--judge must be endpoint:http://HOST:PORT/v1#NAME"),
+    (Score, "--data pairs.jsonl --output pairs.jsonl --reward lexicon:x", "--output is also an input"),
+    *((Pair, f"--data pairs.jsonl --output s --ask 3 {words}", f"{words.split()[0]} has no effect with --ask")
+      for words in ("--how all", "--soft 1", "--replace")),
+    *((Pair, f"--data pairs.jsonl --output s {words}", fragment) for words, fragment in (
+        ("--ask-by disagreement", "--ask-by has no effect without --ask"), ("--how ranking --soft 1", "--soft is of pairs"),
+        ("--how ranking --margin 1", "--margin is of pairs"), ("--limit 3", "--limit has no effect: only --how all"),
+        ("--of 2", "--of has no effect without --how best-of-n"), ("--beta 1", "--beta has no effect without --how rejection"),
+        ("--r-max 2", "--r-max has no effect without --how rejection"), ("--reference model", "--reference has no effect without"),
+        ("--how rejection", "--how rejection needs --beta"), ("--r-max high", "--r-max must be prompt or a number"))),
     (Chat, "", "--model must be given"),
     (Chat, "model model", "--model names 'model' twice"),
     (Chat, "model a b", "--model takes one model, or two"),
@@ -452,7 +483,8 @@ def values_of(spec: config.Spec) -> st.SearchStrategy:
     if spec.choices and spec.kind != "texts":
         value = st.one_of(st.sampled_from(spec.choices), value) if spec.kind == "number" else st.sampled_from(spec.choices)
     if spec.pattern:
-        known = {"device": ["cuda:3", "cpu"], "anchor": ["a=b=-1e3", "名 =.5"]}
+        known = {"key_variable": ["KEY_1"], "judge": ["endpoint:http://h/v1#a b"]}
+        known |= {"device": ["cuda:3", "cpu"], "anchor": ["a=b=-1e3", "名 =.5"]}
         value = st.sampled_from(known.get(spec.name, ["lexicon:a b.txt", "python:x.py:f"]))
         value = st.lists(value, unique=True, max_size=2) if spec.kind == "texts" else value
     return st.none() | value if spec.optional else value
@@ -556,6 +588,6 @@ def test_every_hint_leads_somewhere():
 def test_the_example_of_every_verb_parses(here, cls):
     for name in ("MODEL", "runs/first"):
         Path(name).mkdir(parents=True)
-    for name in ("prompts.txt", "pairs.csv", "games.csv", "held-out.jsonl"):
+    for name in ("prompts.txt", "pairs.csv", "games.csv", "held-out.jsonl", "samples.jsonl", "scored.jsonl"):
         Path(name).write_text("x")
     parse(split_verb(cls.EXAMPLE.split()[1:])[1], cls)

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batches", "attention", "readout", "exact", "intake"),
     ("models", "adapters", "reference", "parallel", "checkpoints", "objectives"),
     ("engine", "selfcheck"),
-    ("endpoints", "sampling", "rewards", "pairing", "rollouts"),
+    ("endpoints", "judges", "sampling", "rewards", "pairing", "rollouts"),
     ("evaluate", "monitors", "frontier", "estimate"),
     ("report", "label"),
     ("pipeline",),
@@ -44,6 +44,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("store", "tokens"): "the store keeps what the tokeniser's room made, with the names it has there",
     ("attention", "batches"): "the mask is read off a batch's segment table",
     ("readout", "batches"): "a batch says which hidden state predicts which token",
+    ("judges", "endpoints"): "what a judge says is read as strictly as any answer of an endpoint, and asked for again where it is none",
     ("cli", "stages"): "each verb calls its stage, and imports it only inside the verb",
 }
 # Imports from one stage to another.
@@ -82,7 +83,8 @@ LONG_FUNCTIONS: dict[str, str] = {}  # 'room.function': why it is one piece
 
 # The names that a set of options goes by in the house: `options.beta` reads beta, `batch.beta` does not.
 OPTIONS_ARE_CALLED = {"options"}
-READ_FOR_STAGES = {"pipeline": ("pipeline", "intake")}  # a room that a stage uses -> rooms that get its options whole
+# A room that a stage uses -> rooms that get its options whole.
+READ_FOR_STAGES = {"pipeline": ("pipeline", "intake"), "endpoints": ("endpoints",)}
 READERS_IN_CONFIG = {"loss_terms"}  # functions of config.py that stages call to read options for them
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
@@ -285,13 +287,15 @@ def unread_options(root: Path) -> list[str]:
     config = tree(root / "preftune" / "config.py").body
     for_all = set().union(*(options_read(node) for node in config if getattr(node, "name", "") in READERS_IN_CONFIG))
     anywhere = set().union(*(options_read(tree(path)) for path in sources(root) if path.name != "config.py"))
-    wrong = []
+    wrong, read = [], dict[Path, set[str]]()
     for verb, option in option_fields(root):
         stage = root / "preftune" / "stages" / f"{re.findall('[A-Z][a-z]*', verb)[0].lower()}.py"  # DataCheck: the file of `data`
-        readers = [stage, *(root / "preftune" / f"{room}.py" for used, rooms in READ_FOR_STAGES.items() if used in imported(root, stage)
-                            for room in rooms if (root / "preftune" / f"{room}.py").exists())]  # fmt: skip
-        here = set().union(*(options_read(tree(path)) for path in readers)) if stage.exists() else anywhere
-        if option not in here | for_all:
+        if stage not in read:
+            rooms = imported(root, stage)
+            readers = [stage, *(root / "preftune" / f"{room}.py" for used, more in READ_FOR_STAGES.items() if used in rooms
+                                for room in more if (root / "preftune" / f"{room}.py").exists())]  # fmt: skip
+            read[stage] = set().union(*(options_read(tree(path)) for path in readers)) if stage.exists() else anywhere
+        if option not in read[stage] | for_all:
             wrong.append(f"config.py: {verb}.{option} is read nowhere" + (f" in stages/{stage.name}" if stage.exists() else ""))
     return wrong
 
