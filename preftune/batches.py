@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,6 +61,10 @@ class Table:
             unordered. list_weight: (L,) float64.
         score: (R,) float64, the data's own reward of each response, NaN where it has none.
         record: (R,) int64, the store's record of each response.
+        drawn: (R,) float64, 1 for an exact sample of the reference.
+        member: (R, M) float64, what each member of an ensemble says, NaN where it says nothing.
+        scored: (Q, 2) int64, all pairs of scored responses of a record, each once. valued: (W,) int64, scored responses of records of which
+            a scored one is a sample of the reference.
     """
 
     pair: Tensor
@@ -75,6 +80,10 @@ class Table:
     list_weight: Tensor
     score: Tensor
     record: Tensor
+    drawn: Tensor
+    member: Tensor
+    scored: Tensor
+    valued: Tensor
 
     @property
     def compares(self) -> Tensor:
@@ -93,7 +102,8 @@ def join(tables: Sequence[Table]) -> Table:
     shift = np.concatenate([[0], np.cumsum([len(t.record) for t in tables])])
     lists = np.concatenate([[0], np.cumsum([len(t.list_weight) for t in tables])])
     moved = [replace(t, pair=t.pair + int(n), verdict=t.verdict + int(n), mismatched=t.mismatched + int(n), item=t.item + int(n),
-                     item_list=t.item_list + int(m)) for t, n, m in zip(tables, shift, lists, strict=False)]  # fmt: skip
+                     item_list=t.item_list + int(m), scored=t.scored + int(n), valued=t.valued + int(n))
+             for t, n, m in zip(tables, shift, lists, strict=False)]  # fmt: skip
     return Table(**{f.name: torch.cat([getattr(t, f.name) for t in moved]) for f in fields(Table)})
 
 
@@ -135,7 +145,8 @@ class Step:
 
     Args:
         micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts',
-            'lists' and 'orders', the lists that compare (sums of weights), 'responses', 'tokens' (targets).
+            'lists' and 'orders', the lists that compare (sums of weights), 'scored' (pairs), 'values' and 'draws' (responses), 'responses',
+            'tokens' (targets).
         again: tokens a pass -> the same step in smaller passes, where it is known.
     """
 
@@ -192,6 +203,17 @@ def tokens_of(store: Store, records: Sequence[int] | np.ndarray, *, share: bool 
         return store.start[store.record_start[records + 1]] - store.start[store.record_start[records]]
     size = np.diff(store.start)
     return np.array([sum(size[s] for row, _ in _rows(store, r, share) for s in row) for r in records.tolist()], dtype=np.int64)
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Where equal neighbours begin and end."""
+    cuts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return [(a, b) for a, b in pairwise(cuts) if a < b]
+
+
+def _pairs_within(rows: np.ndarray) -> np.ndarray:
+    """Every two of them, each pair once: (2, n(n-1)/2)."""
+    return rows[np.stack(np.triu_indices(len(rows), k=1))]
 
 
 class _Builder:
@@ -280,7 +302,21 @@ class _Builder:
             verdict_good=torch.from_numpy(store.verdict_good[verdicts]), verdict_weight=torch.from_numpy(store.verdict_weight[verdicts]),
             score=torch.from_numpy(store.score[list(n)]),
             mismatched=torch.tensor([i for s, i in n.items() if store.response[s] == MISMATCHED], dtype=torch.long),
-            record=torch.tensor(self.record, dtype=torch.long))  # fmt: skip
+            record=torch.tensor(self.record, dtype=torch.long), **self._scores())  # fmt: skip
+
+    def _scores(self) -> dict[str, Tensor]:
+        """What is known of the responses one by one, and who can be compared with whom by it."""
+        store, segments, record = self.store, np.fromiter(self.number, np.int64), np.array(self.record)
+        score, drawn = store.score[segments], store.drawn[segments]
+        member = np.full((len(segments), store.member.shape[1]), np.nan)
+        place = np.searchsorted(store.rated, segments)
+        known = np.isin(segments, store.rated)
+        member[known] = store.member[place[known]]
+        scored = np.flatnonzero(~np.isnan(score))
+        first, second = np.concatenate([_pairs_within(scored[a:b]) for a, b in _runs(record[scored])] or [np.zeros((2, 0), np.int64)], 1)
+        valued = scored[np.isin(record[scored], record[drawn & ~np.isnan(score)])]
+        return {"drawn": torch.from_numpy(drawn.astype(np.float64)), "member": torch.from_numpy(member),
+                "scored": torch.from_numpy(np.stack([first, second], 1)), "valued": torch.from_numpy(valued)}  # fmt: skip
 
 
 def make_batch(
@@ -329,7 +365,8 @@ def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
             "verdicts": float(sum(b.table.verdict_weight.sum() for b in batches)),
             "lists": float(sum(b.table.list_weight.sum() for b in batches)),
             "orders": float(sum(b.table.list_weight[b.table.compares].sum() for b in batches)),
-            "responses": float(sum(b.responses for b in batches)),
+            "scored": float(sum(len(b.table.scored) for b in batches)), "values": float(sum(len(b.table.valued) for b in batches)),
+            "draws": float(sum(b.table.drawn.sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
             "tokens": float(sum(len(b.target) for b in batches))}  # fmt: skip
 
 

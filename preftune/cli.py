@@ -249,8 +249,10 @@ def losses_help() -> str:
     lines += ["a = log pi - log ref of a response, summed; n its tokens; w the chosen, l the rejected one; ls = log sigmoid", ""]
     for name, facts in loss_facts().items():
         flags = "  ".join(f"--loss.{argument.replace('_', '-')} {default:g}" for argument, default in facts.arguments.items())
-        kind = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings"}[facts.kind]
-        labels = {"swap": "soft labels", "ignore": "", "refuse": "hard labels only"}[facts.soft]
+        kind = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings", "scored": "scores",
+                "values": "scores of samples", "draws": "samples of the reference"}[facts.kind]
+        judged = facts.kind not in ("scored", "values", "draws")
+        labels = {"swap": "soft labels", "ignore": "", "refuse": "hard labels only" if judged else ""}[facts.soft]
         traits = [kind, "no reference" if facts.reference == "none" else "", labels]
         lines += _row(name, facts.formula, paint, 16)
         lines += _row("", f"{', '.join(filter(None, traits))}; {facts.source}", paint, 16)

@@ -583,6 +583,7 @@ LOSS_BOUNDS: dict[str, dict[str, Any]] = {
     "desirable_weight": {"low": 0}, "undesirable_weight": {"low": 0}, "lam": {"low": 0}, "per_token": {"low": 0}, "tail": {"low": 0, "high": 1},
     "alpha": {"low": 0, "open_low": True}, "cap": {"low": 0, "open_low": True}, "decay": {"low": 0, "high": 1, "open_low": True},
     "epsilon": {"low": 0, "high": 0.5, "open_low": True, "open_high": True},
+    "unit": {"low": 0, "open_low": True}, "eta": {"low": 0, "open_low": True},
     "nu": {"low": 0, "open_low": True}, "scale": {"low": 0}, "momentum": {"low": 0, "high": 1, "open_high": True}, "keep": {"low": 0, "high": 1, "open_low": True},
 }  # fmt: skip
 LOSS_ALSO_CALLED = {
@@ -590,6 +591,8 @@ LOSS_ALSO_CALLED = {
     "rdpo": "r-dpo' (length) or 'robust' (noise", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-biased' or 'bco",
     "sigmoid_norm": "sigmoid-norm", "slic": "hinge", "pl": "plackett-luce", "dpo-pl": "plackett-luce", "listmle": "plackett-luce",
     "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
+    "distill": "soft", "distillation": "soft", "d-dpo": "soft-square", "rpo_sq": "soft-square", "rpo_bwd_kl": "soft-kl", "rpo_fwd_kl": "soft-reverse-kl",
+    "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "xpo": "sigmoid+1e-5*optimism",
 }  # fmt: skip
 
 
@@ -681,6 +684,10 @@ def loss_terms(options: Dpo | Evaluate, labels: Mapping[str, str] | None = None)
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
     if isinstance(options, Dpo) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
         raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
+    for _, name in terms if isinstance(options, Dpo) and options.reference_update != "none" else ():
+        if loss_facts()[name].kind in ("values", "draws"):
+            raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {name!r} reads samples of the reference as it is given, "
+                             "so that must stand still")
     arguments = [loss_facts()[name].arguments for _, name in terms]
     return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
 

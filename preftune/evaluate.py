@@ -18,7 +18,7 @@ import torch
 
 from .batches import Table, join, make_batch, split, totals_of
 from .certainty import Z95, mean_of, ratio_of, share_of
-from .objectives import Columns, Objective, join_columns, total
+from .objectives import HAS, Columns, Objective, join_columns, total
 from .readout import as_reference, hidden_states, packs, prefix_entropy, prefix_kl, response_sums, token_logps
 from .records import Response, Text
 from .sampling import sample
@@ -41,9 +41,7 @@ def clustered(values: np.ndarray) -> tuple[float, float | None]:
 
 def judged(store: Store, objective: Objective) -> np.ndarray:
     """(R,) bool: the store's records with something to learn from, as this objective reads them."""
-    starts = {"lists": store.ranking_start, "pairs": store.pair_start, "verdicts": store.verdict_start,
-              "responses": store.record_start}[objective.reads]  # fmt: skip
-    return np.diff(starts) > 0
+    return HAS[objective.reads](store)
 
 
 def read_out(model: Any, objective: Objective, store: Store, records: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray], *,
@@ -79,7 +77,7 @@ def held_out(model: Any, objective: Objective, store: Store, records: Sequence[i
     out: dict[str, float | None] = {"loss": loss}
     out |= {name: float(values.mean()) for name, values in found.items() if len(values)}
     if "rewards/accuracies" in found:
-        wins, prompt = found["rewards/accuracies"].cpu().numpy(), table.record[table.pair[:, 0]].cpu().numpy()
+        wins, prompt = found["rewards/accuracies"].cpu().numpy(), table.record[objective.compares(table)[:, 0]].cpu().numpy()
         _, out["accuracy_low"], out["accuracy_high"] = share_of(wins, prompt)
         out["pairs"] = len(wins)
     return out

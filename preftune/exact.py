@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .losses import LOSSES, Loss, Side, expected
 from .losses.lists import Rankings
+from .losses.values import Draws
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -117,7 +118,8 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
 
     A loss over rankings reads every order of all n responses, by default with its Plackett-Luce probability.
     A verdict loss reads both sides of every judged pair (winner desirable, loser not) at baseline 0. For losses that look at tokens, the
-    first token of a response names it and the rest are forced.
+    first token of a response names it and the rest are forced. Losses over scores see the rewards themselves, an ensemble two that agree;
+    losses over samples see each response as often as the reference draws it.
 
     Args:
         log_policy: (n,) log pi; gradients flow into it. pairs: default every i < j. weights: of the pairs; default equal.
@@ -127,6 +129,8 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     loss = LOSSES[name]
     reference = torch.from_numpy(np.log(problem.reference))
     length = torch.ones_like(reference) if lengths is None else torch.tensor(lengths, dtype=torch.float64)
+    if loss.kind in ("values", "draws"):
+        return _over_responses(loss, Side(log_policy, reference, length, score=torch.from_numpy(problem.reward)), arguments)
     if loss.kind in ("lists", "orders"):
         return _over_orders(loss, Side(log_policy, reference, length), problem.reward, prob, arguments)
     pairs = all_pairs(len(problem.reward)) if pairs is None else pairs
@@ -135,7 +139,11 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     weight = torch.ones_like(true) if weights is None else torch.tensor(weights, dtype=torch.float64)
 
     collision = (2 * log_policy).logsumexp(0).detach().expand(len(length))
-    side = Side(log_policy, reference, length, tokens=(log_policy - reference)[:, None], collision=collision)
+    score = torch.from_numpy(problem.reward)
+    side = Side(log_policy, reference, length, tokens=(log_policy - reference)[:, None], collision=collision, score=score,
+                member=torch.stack([score, score], 1))  # fmt: skip
+    if loss.kind == "scored":
+        return (weight * loss.function(side[i], side[j], **arguments)).sum() / weight.sum()
     if loss.kind == "pairs":
         drawn = replace(loss, soft="swap")  # P_ij is how often i is said to win: labels themselves are hard
         return expected(drawn, side[i], side[j], true, weight, **arguments) / weight.sum()
@@ -147,6 +155,14 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
 
     values = true * judged(i, j) + (1 - true) * judged(j, i)
     return (weight * values).sum() / weight.sum()
+
+
+def _over_responses(loss: Loss, side: Side, arguments: Mapping[str, float]) -> Tensor:
+    """The mean of a loss over responses that are drawn as often as the reference says: so its Z, and the mean over samples, are exact."""
+    assert side.reference is not None
+    often = side.reference.exp()
+    draws = (Draws(torch.zeros(len(often), dtype=torch.long), often),) if loss.kind == "values" else ()
+    return (often * loss.function(side, *draws, **arguments)).sum()
 
 
 def _over_orders(loss: Loss, side: Side, reward: np.ndarray, weight: Sequence[float] | None, arguments: Mapping[str, float]) -> Tensor:

@@ -33,6 +33,7 @@ from .store import Intake, Store, build, unfit
 from .tokens import Codec
 
 SPOOL = 1 << 20  # bytes of text that stay in memory before the shelf becomes a file
+SOURCE = ("weights", "temperature", "top_p", "scores")  # what training reads of where a response came from
 
 
 @dataclass
@@ -58,6 +59,10 @@ def _plain(text: Text) -> Any:
     return text if isinstance(text, str) else [[m.role, m.content] for m in text]
 
 
+def _provenance(response: Response) -> dict[str, Any] | None:
+    return {name: response.source[name] for name in SOURCE if name in response.source} or None if response.source else None
+
+
 def _text(plain: Any) -> Text:
     return plain if isinstance(plain, str) else tuple(Message(role, content) for role, content in plain)
 
@@ -65,7 +70,8 @@ def _text(plain: Any) -> Text:
 class Shelf(Sequence[Record]):
     """Records on the disk in the order in which they were put there; in memory eight bytes each. Grows by `append`.
 
-    Kept is what makes tokens and pairs: texts, `finished`, scores, judgements, labels, where; not source, id and meta.
+    Kept is what makes tokens and pairs: texts, `finished`, scores, judgements, labels, where, and what SOURCE names of a response's source;
+    not the rest of that, nor id and meta.
 
     Args:
         folder: where the file without a name is made once there is more than SPOOL bytes of text.
@@ -79,7 +85,7 @@ class Shelf(Sequence[Record]):
 
     def append(self, record: Record) -> None:
         """Put one more on the shelf. Raises DiskError."""
-        row = [_plain(record.prompt), [[_plain(r.text), r.finished, r.score] for r in record.responses],
+        row = [_plain(record.prompt), [[_plain(r.text), r.finished, r.score, _provenance(r)] for r in record.responses],
                [[j.order, j.below, j.prob, j.weight] for j in record.judgements], record.labels, record.where or record.id]  # fmt: skip
         data = json.dumps(row).encode()
         with disk(self.folder, needed=len(data)):
@@ -115,7 +121,7 @@ class Shelf(Sequence[Record]):
         self.writing = False
         prompt, responses, judgements, labels, where = json.loads(data)
         return Record(
-            _text(prompt), tuple(Response(_text(text), finished, score) for text, finished, score in responses),
+            _text(prompt), tuple(Response(_text(text), *rest) for text, *rest in responses),
             tuple(Judgement(tuple(map(tuple, order)), tuple(below), prob, weight) for order, below, prob, weight in judgements),
             None if labels is None else tuple(labels), where=where)  # fmt: skip
 
@@ -315,11 +321,12 @@ def _repeated(prompt: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 
 def encode_records(taken: Taken, plan: Plan, codec: Codec, options: Training, *, window: int | None, mismatched: bool,
-                   folder: Path) -> tuple[Store, Intake]:  # fmt: skip
+                   folder: Path, members: bool = False, weights: str | None = None) -> tuple[Store, Intake]:  # fmt: skip
     """The store, or DataError where too much had to be left out."""
     if options.max_length and window and options.max_length > window:
         raise UsageError(f"--max-length {options.max_length}: the model has {window} positions")
-    store, intake = build(plan.records(taken.shelf), codec, max_length=options.max_length or window, mismatched=mismatched, folder=folder)
+    store, intake = build(plan.records(taken.shelf), codec, max_length=options.max_length or window, mismatched=mismatched, folder=folder,
+                          members=members, weights=weights)  # fmt: skip
     reasons = ", ".join(f"{n} {reason}" for reason, n in intake.dropped.most_common())
     if not len(store):
         need = f"; the shortest record needs {min(intake.lengths)} tokens" if intake.lengths else ""

@@ -14,15 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import Batch, Table
+from .errors import DataError
 from .losses import LOSSES, Loss, Side, arguments, expected, votes
 from .losses.lists import Rankings, agreement
+from .losses.values import Draws
 from .losses.verdicts import baseline
 from .readout import hidden_states, response_rows, response_sums, scalars, token_collisions, token_logps
+from .store import Store
 
 Terms = Mapping[str, tuple[Tensor, str]]
 
@@ -46,12 +50,15 @@ class Objective:
     Args:
         name: for logs. terms: (columns, table, carry) -> {name: (weighted sum, denominator)}.
         metrics: (columns, table) -> {name: one value per pair, verdict or list}; their means are reported, exact for any batch size.
-        reads: 'lists', 'pairs', 'verdicts' or 'responses': what a record must have for this to learn from it.
+        reads: 'lists', 'pairs', 'verdicts', 'scores', 'values', 'draws' or 'responses': what a record must have for this to learn from it
+            (HAS). also: what further terms of a sum read; some record must have each.
         reference: 'none', 'token' or 'distribution': what the columns need.
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
-        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score'.
         read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member'.
+        compares: table -> (P, 2) int64, the pairs that `metrics` measures, the better response first.
+        partition: betas of the terms whose Z is estimated from samples.
         start: (table, totals) -> the loss while policy = reference, or None where that depends on the policy.
         carry: named numbers that run over steps, before the first; the engine keeps them with the weights. `terms` gets them as they
             stand before its step, or None outside training. advance: (columns, table, carry) -> them after the step.
@@ -67,6 +74,9 @@ class Objective:
     start: Callable[[Table, Mapping[str, float]], float] | None
     needs: frozenset[str] = frozenset()
     read: str = "logps"
+    also: frozenset[str] = frozenset()
+    compares: Callable[[Table], Tensor] = lambda table: table.pair
+    partition: tuple[float, ...] = ()
     carry: Mapping[str, float] = field(default_factory=dict)
     advance: Callable[[Columns, Table, Mapping[str, float]], dict[str, float]] = lambda columns, table, carry: {}
 
@@ -83,7 +93,9 @@ class Objective:
             policy=response_sums(logps, batch), reference=None if reference is None else response_sums(reference, batch),
             length=response_sums(torch.ones_like(logps), batch).detach(),
             tokens=response_rows(logps.double() - reference, batch) if "tokens" in self.needs else None,
-            collision=response_sums(token_collisions(model, hidden, batch), batch) if "collision" in self.needs else None)  # fmt: skip
+            collision=response_sums(token_collisions(model, hidden, batch), batch) if "collision" in self.needs else None,
+            score=batch.table.score if "score" in self.needs else None,
+            member=batch.table.member if "member" in self.needs else None)  # fmt: skip
 
 
 def total(terms: Terms, totals: Mapping[str, float]) -> Tensor:
@@ -143,10 +155,11 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
                 value += weight * float((items * votes_of(table).cpu()).sum()) / totals[loss.kind]
         return value
 
+    reads = sorted({_reads(loss) for _, _, loss, _ in named}, key=list(HAS).index)
     return Objective(
         name="+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name, _, _ in named), terms=terms,
-        metrics=_preference_metrics(named),
-        reads=min((READS.get(loss.kind, loss.kind) for _, _, loss, _ in named), key=("lists", "pairs", "verdicts").index),
+        metrics=_preference_metrics(named), reads=reads[0], also=frozenset(reads[1:]), compares=_compares(named[0][2]),
+        partition=tuple(numbers["beta"] for _, _, loss, numbers in named if loss.partition),
         reference="token" if "token" in needs else "none",
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
@@ -159,6 +172,18 @@ def _baseline(columns: Columns, table: Table) -> Tensor:
     return baseline(columns[table.mismatched].ratio) if len(table.mismatched) else columns.policy.new_zeros(())
 
 
+def _draws(table: Table) -> Draws:
+    """Which of the valued responses belong together; a record that stands twice in a step is one group with every draw twice."""
+    return Draws(torch.unique(table.record[table.valued], return_inverse=True)[1],
+                 table.drawn[table.valued] * ~table.score[table.valued].isnan())  # fmt: skip
+
+
+def _gaps(table: Table) -> list[tuple]:
+    one, other = table.scored.T
+    members = (table.member[one] - table.member[other]).tolist()
+    return list(zip((table.score[one] - table.score[other]).tolist(), members, strict=True))
+
+
 def _rankings(table: Table) -> Rankings:
     return Rankings(table.item_list, table.item_tier)
 
@@ -167,23 +192,115 @@ def _rankings(table: Table) -> Rankings:
 ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], Tensor], Callable[[Table], list[tuple]]]] = {
     "verdicts": (lambda c, t: (c[t.verdict], t.verdict_good, _baseline(c, t)), lambda t: t.verdict_weight,
                  lambda t: [(good,) for good in t.verdict_good.tolist()]),
+    "scored": (lambda c, t: (c[t.scored[:, 0]], c[t.scored[:, 1]]), lambda t: torch.ones_like(t.score[t.scored[:, 0]]), lambda t: _gaps(t)),
+    "values": (lambda c, t: (c[t.valued], _draws(t)), lambda t: torch.ones_like(t.score[t.valued]), lambda t: [()] * len(t.valued)),
+    "draws": (lambda c, t: (c[t.drawn > 0],), lambda t: t.drawn[t.drawn > 0], lambda t: [()] * int(t.drawn.sum())),
     **dict.fromkeys(("lists", "orders"),  # orders: a list of one tier is 0, and only their denominators differ
                     (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes())),
 }  # fmt: skip
-READS = {"orders": "pairs"}  # a list that compares is a list with pairs
+READS = {"orders": "pairs", "scored": "scores"}  # a list that compares is a list with pairs
+
+
+def _reads(loss: Loss) -> str:
+    return READS.get(loss.kind, loss.kind)
+
+
+def by_scores(table: Table) -> Tensor:
+    """Pairs of responses of a prompt with different scores, the higher first: (P, 2)."""
+    gap = table.score[table.scored[:, 0]] - table.score[table.scored[:, 1]]
+    return torch.where(gap[:, None] > 0, table.scored, table.scored.flip(1))[gap != 0]
+
+
+def _compares(loss: Loss) -> Callable[[Table], Tensor]:
+    """Who counts as chosen: what was judged, or the response with the higher score where the loss reads scores."""
+    return by_scores if _reads(loss) in ("scores", "values", "draws") else lambda table: table.pair
+
+
+def _per_record(store: Store, segments: np.ndarray) -> np.ndarray:
+    """How many of each record's segments are marked: (R,) of (S,) bool."""
+    return np.diff(np.concatenate([[0], np.cumsum(segments)])[store.record_start])
+
+
+# What a record must have -> whether it has it, (R,) bool. A sum of losses trains on the records that have the first of what it reads.
+HAS: Mapping[str, Callable[[Store], np.ndarray]] = {
+    "lists": lambda s: np.diff(s.ranking_start) > 0, "pairs": lambda s: np.diff(s.pair_start) > 0,
+    "verdicts": lambda s: np.diff(s.verdict_start) > 0, "values": lambda s: _per_record(s, s.drawn & ~np.isnan(s.score)) > 0,
+    "scores": lambda s: _per_record(s, ~np.isnan(s.score)) > 1, "draws": lambda s: _per_record(s, s.drawn) > 0,
+    "responses": lambda s: np.diff(s.record_start) > 0,
+}  # fmt: skip
+WANTED = {
+    "scores": "two scored responses; preftune score gives scores",
+    "values": "a scored sample of the reference: of the very weights of --model, at temperature 1 and top_p 1 (preftune sample)",
+    "draws": "a sample of the reference: of the very weights of --model, at temperature 1 and top_p 1 (preftune sample)",
+}
+
+
+def readable(store: Store, objective: Objective, records: np.ndarray) -> np.ndarray:
+    """Those of these records that the objective learns from. Raises DataError where one of its terms finds none, or an ensemble's part is
+    missing."""
+    found = records[HAS[objective.reads](store)[records]]
+    for what in (objective.reads, *sorted(objective.also)):
+        if not HAS[what](store)[found].any():
+            hint = "; --from-scores best-worst (or all) makes judgements of their scores" if (~np.isnan(store.score)).any() else ""
+            raise DataError(f"no training record has {WANTED.get(what, f'{what}{hint}')}")
+    if "member" in objective.needs:
+        unrated = ~np.isnan(store.score)
+        unrated[store.rated] = False
+        if (lacking := np.flatnonzero(_per_record(store, unrated))).size:
+            raise DataError(f"{len(lacking)} records have scores without those of an ensemble (source.scores), the first "
+                            f"{store.where[int(lacking[0])]}; score all of them with one ensemble")  # fmt: skip
+    return found
+
+
+FEWEST = 1.5  # samples that must count in Z, of half of the prompts at least: with 1 the value of a response is its own reward
+
+
+def partition(store: Store, records: np.ndarray, objective: Objective) -> dict[str, float]:
+    """How well the samples of these records know Z, for losses that read it off them; {} for others.
+
+    Returns:
+        samples: mean number a prompt. effective: how many of them count, median over prompts. bias: what is known of the error of
+        V = beta log Z, about -beta chi2/(2K), in units of reward, mean over prompts. spread: of the rewards of a prompt's samples.
+
+    Raises:
+        DataError: fewer than FEWEST count in most prompts; names a beta that the same samples would do for.
+    """
+    if not objective.partition:
+        return {}
+    segments = np.concatenate([np.arange(store.record_start[r], store.record_start[r + 1]) for r in records])
+    number = np.repeat(np.arange(len(records)), np.diff(store.record_start)[records])
+    drawn = store.drawn[segments] & ~np.isnan(store.score[segments])
+    score, beta = torch.from_numpy(store.score[segments][drawn]), min(objective.partition)
+    draws = Draws(torch.from_numpy(number[drawn]), torch.ones_like(score))
+    count, effective = draws.sums(draws.weight), draws.effective(score / beta)
+    if float(effective.median()) < FEWEST:
+        wider = next((b for b in (beta * 2**k for k in range(1, 13)) if float(draws.effective(score / b).median()) >= FEWEST), None)
+        mend = f"--beta {wider:.3g}, more samples a prompt, or --loss value-quantile" if wider else "draw several samples a prompt"
+        raise DataError(f"Z cannot be had at beta {beta:g}: of {float(count.mean()):.3g} samples a prompt {float(effective.median()):.2f} "
+                        f"count; {mend}")  # fmt: skip
+    spread = (draws.sums(score**2) / count - (draws.sums(score) / count) ** 2).clamp(min=0).sqrt()
+    return {"samples": float(count.mean()), "effective": float(effective.median()), "beta": beta,
+            "bias": float((-beta * (1 / effective - 1 / count) / 2).mean()), "spread": float(spread.mean())}  # fmt: skip
 
 
 def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]) -> Callable[[Columns, Table], dict]:
-    """TRL's names. Rewards are the first loss's beta (or tau) times what that loss reads; ties count half. Rankings add theirs."""
+    """TRL's names. Rewards are the first loss's beta (or tau) times what that loss reads; ties count half. Rankings add theirs.
+
+    Where that loss reads scores, the response with the higher score counts as chosen.
+    """
     _, _, loss, numbers = named[0]
     listed = any(loss.kind in ("lists", "orders") for _, _, loss, _ in named)
-    scale = numbers.get("beta", numbers.get("tau", 1.0))
+    scale = numbers.get("beta", numbers.get("tau", 1 / numbers.get("eta", 1.0)))
+    compares = _compares(loss)
 
     def metrics(columns: Columns, table: Table) -> dict[str, Tensor]:
-        if not len(table.pair):
+        pair = compares(table)
+        if not len(pair) and compares is by_scores:
+            return {}
+        if not len(pair):
             reward, want = scale * loss.reads(columns[table.verdict]), table.verdict_good
             return {"rewards/desirable": reward[want], "rewards/undesirable": reward[~want]}
-        chosen, rejected = columns[table.pair[:, 0]], columns[table.pair[:, 1]]
+        chosen, rejected = columns[pair[:, 0]], columns[pair[:, 1]]
         good, bad = scale * loss.reads(chosen), scale * loss.reads(rejected)
         wins = (good > bad).double() + 0.5 * (good == bad).double()
         values = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad, "rewards/accuracies": wins,

@@ -24,7 +24,7 @@ from .errors import CheckpointError, DataError, NumericsError, UsageError
 from .evaluate import Drawn, draw, held_out, judged, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
 from .formats import identity
-from .objectives import Objective
+from .objectives import Objective, partition, readable
 from .readout import packs
 from .records import Record, Text
 from .rewards import scorer
@@ -164,17 +164,16 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
                        control_tokens=options.control_tokens)  # fmt: skip
     window = models.window_of(model.config)
+    base = models.weights_fingerprint(str(options.model), offline=options.offline)
     plan = intake.merge_prompts(taken, codec, options.max_length or window)
     facts["merged"] = len(taken.shelf) - len(plan.stands)
-    store, found_in = intake.encode_records(taken, plan, codec, options, window=window, mismatched=objective.mismatched, folder=work)
+    store, found_in = intake.encode_records(taken, plan, codec, options, window=window, mismatched=objective.mismatched, folder=work,
+                                            members="member" in objective.needs, weights=base)  # fmt: skip
     chosen = np.array(found_in.kept)
     kept = plan.stands[chosen]  # the shelf's record of each of the store's
     held = intake.split_by_prompt(taken.prompt[kept], options.holdout, options.seed) if plan.first < 0 else chosen >= plan.first
-    train = np.flatnonzero(~held & judged(store, objective))
-    if not len(train):
-        hint = "; --from-scores best-worst (or all) makes judgements of their scores" if facts["audit"]["scored"] else ""
-        raise DataError(f"no training record has {objective.reads}{hint}")
-    base = models.weights_fingerprint(str(options.model), offline=options.offline)
+    train = readable(store, objective, np.flatnonzero(~held))
+    counted = _partition(store, train, objective)
     # Merged weights are rounded, those of an adapter beside its base are not: two references.
     key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base, dtype=options.dtype, device=device)
     columns = _columns(model, store, key, objective, options, device)
@@ -211,7 +210,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
                   for i, (p, found, weight) in enumerate(files)],
         "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
         "audit": facts["audit"], "self_check": found, "parameters": size, "trained": trained, "learning_rate": lr,
-        "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name,
+        "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name, "partition": counted,
     }  # fmt: skip
     prompts = intake.prompts_to_sample(taken, kept, store, held, options, window)
     require_window(options, total, len(prompts))
@@ -306,6 +305,15 @@ def _given(options: Training) -> Path | None:
     """The adapter folder that --model is, if it is one."""
     where = Path(models.resolve(str(options.model), offline=options.offline))
     return where if models.is_adapter(where) else None
+
+
+def _partition(store: Store, records: np.ndarray, objective: Objective) -> dict[str, float]:
+    """What Z is known from, told."""
+    found = partition(store, records, objective)
+    if found:
+        say(f"Z from {found['samples']:.3g} samples a prompt, of which {found['effective']:.3g} count: known bias of its values "
+            f"{found['bias']:+.2g} (the rewards of a prompt's samples spread by {found['spread']:.2g})")  # fmt: skip
+    return found
 
 
 def _columns(model: Any, store: Store, key: str, objective: Objective, options: Training, device: str) -> dict[str, np.ndarray]:

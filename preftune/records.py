@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -141,6 +142,20 @@ def verdicts(record: Record) -> Iterator[tuple[int, bool, float]]:
                                    (pair.rejected, False, pair.prob), (pair.rejected, True, 1 - pair.prob)):  # fmt: skip
             if share:
                 yield index, good, pair.weight * share
+
+
+def scores_of(response: Response) -> tuple[float, ...]:
+    """What each member of an ensemble says of a response: source['scores'], or nothing where that is no list of numbers."""
+    found = (response.source or NOTHING).get("scores")
+    fits = isinstance(found, list) and all(isinstance(x, (int, float)) and not isinstance(x, bool) and isfinite(x) for x in found)
+    return tuple(float(x) for x in found) if fits and found else ()
+
+
+def draw_of(response: Response) -> str | None:
+    """The weights that a response is an exact sample of: temperature 1, nothing cut. None where its source does not say so."""
+    source = response.source or NOTHING
+    exact = source.get("temperature") == 1 and source.get("top_p") == 1 and isinstance(source.get("weights"), str)
+    return source["weights"] if exact else None
 
 
 def judge_by_scores(record: Record, how: str) -> Record:

@@ -23,7 +23,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import disk, fingerprint
-from .records import Places, Record, pairs, rankings, verdicts
+from .records import Places, Record, Response, draw_of, pairs, rankings, scores_of, verdicts
 from .tokens import Codec, Encoded, encode
 
 CONTEXT, MISMATCHED = -1, -2
@@ -41,9 +41,12 @@ class Store:
         record_start: (R+1,) int64: record r owns segments record_start[r]:record_start[r+1]; a parent precedes its children.
         pair: (P, 2) int64 segments chosen, rejected. pair_prob, pair_weight: (P,) float64. pair_start: (R+1,) int64.
         verdict: (U,) int64 segments. verdict_good: (U,) bool. verdict_weight: (U,) float64. verdict_start: (R+1,) int64.
-        score: (S,) float64, the data's own reward of a response, NaN where it has none and for other segments.
+        score: (S,) float64, the data's own reward of a response, NaN where it has none and for other segments. drawn: (S,) bool, whether
+            it is an exact sample of the reference.
         item: (I,) int64 segments, list by list. item_tier: (I,) int32, 0 the best, BELOW. list_start: (L+1,) int64, list l is
             item[list_start[l]:list_start[l+1]]. list_weight: (L,) float64. ranking_start: (R+1,) int64, record r's lists.
+        rated: (Q,) int64 segments, ascending, of which an ensemble says member: (Q, M) float64, one reward a member; M = 0 where none was
+            asked for.
         where: per record 'file:line' or its id.
     """
 
@@ -67,6 +70,9 @@ class Store:
     list_start: np.ndarray
     list_weight: np.ndarray
     ranking_start: np.ndarray
+    drawn: np.ndarray
+    rated: np.ndarray
+    member: np.ndarray
     where: Sequence[str]
 
     def __len__(self) -> int:
@@ -173,15 +179,18 @@ class _Columns:
         self.pair, self.pair_prob, self.pair_weight = column("q"), column("d"), column("d")
         self.verdict, self.good, self.verdict_weight = column("q"), column("b"), column("d")
         self.item, self.item_tier, self.list_weight = column("q"), column("i"), column("d")
-        self.score = column("d")
         self.list_start, self.ranking_start = column("q"), column("q")
+        self.score, self.drawn, self.rated, self.member = column("d"), column("b"), column("q"), column("d")
+        self.members = 0  # of the ensemble, once a response has shown them
         self.where = Places()
         for starts in (self.start, self.record_start, self.pair_start, self.verdict_start, self.list_start, self.ranking_start):
             starts.extend((0,))
 
-    def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int, score: float | None = None) -> int:
-        self.tokens.extend(ids)
+    def segment(self, ids: Sequence[int], trained: Sequence[bool], parent: int, response: int, *, score: float | None = None,
+                drawn: bool = False) -> int:  # fmt: skip
         self.score.extend((math.nan if score is None else score,))
+        self.drawn.extend((drawn,))
+        self.tokens.extend(ids)
         self.trained.extend(trained)
         self.start.extend((len(self.tokens),))
         self.parent.extend((parent,))
@@ -191,6 +200,17 @@ class _Columns:
     def prompt(self, ids: Sequence[int]) -> int:
         """A segment that nothing comes before and nobody trains."""
         return self.segment(ids, (False,) * len(ids), -1, CONTEXT)
+
+    def rate(self, segment: int, response: Response, record: Record) -> None:
+        """Note what an ensemble says of a response. Raises DataError where it has another number of members than those before."""
+        if found := scores_of(response):
+            if len(found) != (self.members or len(found)):
+                path, _, line = record.where.rpartition(":")
+                raise DataError(f"an ensemble of {len(found)} members after one of {self.members}; score all responses with the same one",
+                                path=path or None, line=int(line) if line.isdigit() else None, field="source.scores")  # fmt: skip
+            self.members = len(found)
+            self.rated.extend((segment,))
+            self.member.extend(found)
 
     def close(self, record: Record, root: int) -> None:
         """End a record whose prompt is segment `root`: what is said of its responses, and where it stands."""
@@ -223,7 +243,8 @@ class _Columns:
             verdict_start=self.verdict_start.freeze(), score=self.score.freeze(), item=self.item.freeze(),
             item_tier=self.item_tier.freeze(),
             list_start=self.list_start.freeze(), list_weight=self.list_weight.freeze(), ranking_start=self.ranking_start.freeze(),
-            where=self.where)  # fmt: skip
+            drawn=self.drawn.freeze(), rated=self.rated.freeze(),
+            member=self.member.freeze().reshape(len(self.rated), self.members), where=self.where)  # fmt: skip
 
 
 def unfit(records: Iterable[Record], codec: Codec, *, max_length: int | None) -> list[bool]:
@@ -233,20 +254,28 @@ def unfit(records: Iterable[Record], codec: Codec, *, max_length: int | None) ->
 
 
 def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mismatched: bool = False,
-          folder: Path | None = None) -> tuple[Store, Intake]:  # fmt: skip
+          folder: Path | None = None, members: bool = False, weights: str | None = None) -> tuple[Store, Intake]:  # fmt: skip
     """Encode records into a store, one at a time. What cannot be encoded or does not fit is left out, counted by reason and listed.
 
     Args:
         max_length: longest prompt+response in tokens, or None for no limit. Nothing is ever cut.
         mismatched: give each record one more segment, another record's response after this record's prompt (KTO's baseline).
         folder: keep large arrays there in files without names, mapped into memory. None: in memory.
+        members: also keep what an ensemble says of each response. weights: fingerprint of the reference, whose own samples are marked.
+
+    Raises:
+        DataError: members of different number.
     """
     intake, columns = Intake(), _Columns(folder)
     kept = _kept(records, codec, max_length, intake)
     for record, encoded, others in _with_others(kept) if mismatched else ((r, e, ()) for r, e in kept):
         root = columns.prompt(encoded.prompt)
         for i, (ids, trained) in enumerate(zip(encoded.responses, encoded.trained, strict=True)):
-            columns.segment(ids, trained, root, i, record.responses[i].score)
+            response = record.responses[i]
+            drawn = weights is not None and draw_of(response) == weights
+            segment = columns.segment(ids, trained, root, i, score=response.score, drawn=drawn)
+            if members:
+                columns.rate(segment, response, record)
         # The first of the records after this one whose response fits: a fixed partner, so that its reference column can be built.
         for other in others:
             if not max_length or len(encoded.prompt) + len(other.responses[0]) <= max_length:

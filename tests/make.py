@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,23 @@ def records(count: int = 12, *, seed: int = 0, k: int = 2) -> list[Record]:
     return out
 
 
+def scored(found: list[Record], *, seed: int = 0) -> list[Record]:
+    """The same with a score and an ensemble of two at each response; all but the last of each are samples of the weights 'made'."""
+    rng, out = np.random.default_rng([seed, 1]), []
+    for record in found:
+        responses = []
+        for i, response in enumerate(record.responses):
+            drawn = {"weights": "made", "temperature": 1.0, "top_p": 1.0 if i + 1 < len(record.responses) else 0.9}
+            source = drawn | {"scores": rng.normal(size=2).tolist()}
+            responses.append(replace(response, score=float(rng.normal()), source=source))
+        out.append(replace(record, responses=tuple(responses)))
+    return out
+
+
 def store(count: int = 12, *, mismatched: bool = False, **kwargs: Any) -> Store:
-    """The same as token ids."""
-    return build(records(count, **kwargs), make_codec(tokenizer()), max_length=128, mismatched=mismatched)[0]
+    """The same as token ids, scored."""
+    return build(scored(records(count, **kwargs)), make_codec(tokenizer()), max_length=128, mismatched=mismatched, members=True,
+                 weights="made")[0]  # fmt: skip
 
 
 def write_pairs(path: Path, count: int = 40, *, seed: int = 0) -> Path:
@@ -130,6 +145,20 @@ def write_pairs(path: Path, count: int = 40, *, seed: int = 0) -> Path:
     for i in range(count):
         tail = " ".join(rng.choice(WORDS, 2))
         lines.append(json.dumps({"prompt": f"{i} {tail}", "chosen": f" thanks {tail}", "rejected": f" no {tail}"}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_scored(path: Path, weights: str, count: int = 20) -> Path:
+    """Records of four samples of the weights with this fingerprint, scored, also by an ensemble of two; best against worst is judged."""
+    rng, lines = np.random.default_rng(0), []
+    for i in range(count):
+        score = (np.arange(4) / 5 + rng.normal(scale=0.1, size=4)).round(3).tolist()
+        source = {"weights": weights, "temperature": 1.0, "top_p": 1.0}
+        responses = [{"text": f" {'thanks ' * j}{rng.choice(WORDS)}", "score": s, "source": source | {"scores": [s + 0.1, s * 1.1]}}
+                     for j, s in enumerate(score)]  # fmt: skip
+        judged = [{"order": [[int(np.argmax(score))], [int(np.argmin(score))]]}]
+        lines.append(json.dumps({"prompt": f"{i} {rng.choice(WORDS)}", "responses": responses, "judgements": judged}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import make
 import pytest
 
-from preftune import cli, config, grammar
+from preftune import cli, config, grammar, models
 from preftune.formats import to_json
 from preftune.stages import demo
 
@@ -130,6 +130,8 @@ def stand_in(name: str, world: World, patch: pytest.MonkeyPatch) -> bool:
         copy(world.demo([], patch)[0] / "dpo", Path(*place.parts[:2]))
     elif name in ("pairs.jsonl", "votes.jsonl"):
         make.write_pairs(place, 30)
+    elif name == "scored.jsonl":
+        make.write_scored(place, models.weights_fingerprint(str(world.demo([], patch)[0] / "base")), 20)
     elif name == "held-out.jsonl":
         make.write_pairs(place, 8, seed=1)
     elif name == "prompts.txt":

@@ -82,7 +82,7 @@ def plain(model: Any, store: Any, columns: Any, objective: Any) -> tuple[float, 
     ref = readout.response_sums(batch.columns["reference"], batch)
     ref = ref if objective.reference != "none" else None
     scored = Columns(readout.response_sums(logps, batch), ref, readout.response_sums(torch.ones_like(logps), batch).detach(),
-                     *inside(model, batch, logps, objective.needs))  # fmt: skip
+                     *inside(model, batch, logps, objective.needs), score=batch.table.score, member=batch.table.member)  # fmt: skip
     loss = total(objective.terms(scored, batch.table, objective.carry), step.totals)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

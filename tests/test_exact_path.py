@@ -45,6 +45,8 @@ def t3_store():
     lists = ranked_windows()
     return replace(lists(store), pair=np.stack([chosen, rejected], 1) + 1, pair_prob=prob, pair_weight=np.ones(105),
                    pair_start=np.array([0, 105]),
+                   score=np.concatenate([[np.nan], T3.reward.numpy()]), drawn=np.arange(16) % 4 == 1, rated=np.arange(15) + 1,
+                   member=T3.reward.numpy()[:, None] + rng.normal(scale=0.3, size=(15, 3)),
                    verdict=np.arange(15) + 1, verdict_good=good, verdict_weight=np.ones(15), verdict_start=np.array([0, 15]))  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from preftune import exact, losses
-from preftune.losses import LOSSES, Side, arguments, batchwise, lists, pairs, verdicts
+from preftune.losses import LOSSES, Side, arguments, batchwise, distill, lists, pairs, values, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pairs"]
@@ -55,6 +55,11 @@ def odds(x: float) -> float:
 def kl_to_label(m: float, e: float) -> float:
     """KL((q, 1-q) || (1-e, e)), q = sigmoid(m), written out."""
     return sig(m) * log(sig(m) / (1 - e)) + sig(-m) * log(sig(-m) / e)
+
+
+def kl_of(p: float, q: float) -> float:
+    """KL of (s, 1-s) to (t, 1-t), s = sigmoid(p), t = sigmoid(q), written out."""
+    return sig(p) * log(sig(p) / sig(q)) + sig(-p) * log(sig(-p) / sig(-q))
 
 
 # Three items each, at the defaults and at other arguments. Worked in the docstring of `test_golden`.
@@ -125,13 +130,30 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
                               (2**0.75 - 1) * ((1 / log(2) - 1 / log(3)) * log(3) + log(5) / log(4)),
                               (2 - 2**0.25) * ((1 / log(3) - 1 / log(4)) * log(3) + log(5) / log(4))])],
     "s-dpo": [({}, [log(7 / 4), log(15), log(7)]), ({"beta": 0.2}, [log(21 / 16), log(85), log(21)])],
+    "soft": [({}, [ell(0.2) + sig(-1) * 0.2, log(2), ell(-0.3) - 0.15]),
+             ({"beta": 1.0, "unit": 0.5}, [ell(2) + sig(-2) * 2, log(2), ell(-3) - 1.5])],
+    "soft-square": [({}, [0.64, 1, 0.09]), ({"beta": 1.0, "unit": 0.5}, [0, 4, 9])],
+    "soft-kl": [({}, [kl_of(1, 0.2), kl_of(-1, 0), kl_of(0, -0.3)]), ({"beta": 1.0, "unit": 0.5}, [0, kl_of(-2, 0), kl_of(0, -3)])],
+    "soft-reverse-kl": [({}, [kl_of(0.2, 1), kl_of(0, -1), kl_of(-0.3, 0)]),
+                        ({"beta": 1.0, "unit": 0.5}, [0, kl_of(0, -2), kl_of(-3, 0)])],
+    "soft-pessimistic": [({}, [0.64, 0, 0.49]), ({"beta": 1.0, "unit": 0.5}, [0, 0, 1])],
+    "rebel": [({}, [1, 1, 9]), ({"eta": 0.5}, [2.25, 0.25, 9])],
+    "value": [({}, [(log(2) + 1) ** 2, (log(3) - log(2)) ** 2, 4]),
+              ({"beta": 0.5}, [(0.5 * log(5) + 0.5) ** 2, (log(3) - 0.5 * log(5)) ** 2, 1])],
+    "value-quantile": [({}, [(0.25 - 0.1 * log(0.1 * (exp(10) - 1)) - 0.1) ** 2, (0.75 - 0.1 * log(0.1 * (exp(10) - 1))) ** 2,
+                             (0.5 - 0.1 * log(0.1 * (exp(10) - 1)) + 0.2) ** 2]),
+                       ({"beta": 1.0}, [(-0.75 - log(exp(1) - 1)) ** 2, (0.75 - log(exp(1) - 1)) ** 2, (2.5 - log(exp(1) - 1)) ** 2])],
+    "anchor": [({}, [-1, 0, 2])],
+    "optimism": [({}, [1, 0, -2])],
 }  # fmt: skip
 
 
 def worked(name: str) -> tuple:
     if name in BATCHWISE:
         return (*pairs.WORKED, batchwise.ONES, *carried(name))
-    return {"pairs": pairs, "verdicts": verdicts}.get(LOSSES[name].kind, lists).WORKED
+    if LOSSES[name].kind == "draws":
+        return values.WORKED[:1]
+    return {"pairs": pairs, "verdicts": verdicts, "scored": distill, "values": values}.get(LOSSES[name].kind, lists).WORKED
 
 
 def carried(name: str) -> tuple:
@@ -151,8 +173,10 @@ def soft(name: str, chosen: Side, rejected: Side, prob: Tensor | float, **number
 
 
 def short(policy: Tensor, reference: Tensor, length: Tensor) -> Side:
-    """A side whose first token is all there is to it; the rest is forced."""
-    return Side(policy, reference, length, tokens=(policy - reference)[:, None], collision=torch.zeros_like(length))
+    """A side whose first token is all there is to it; the rest is forced. Its score is its place."""
+    score = torch.arange(len(length), dtype=length.dtype)
+    return Side(policy, reference, length, tokens=(policy - reference)[:, None], collision=torch.zeros_like(length), score=score,
+                member=torch.stack([score, -score], 1))  # fmt: skip
 
 
 def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Side, Side]:
@@ -163,18 +187,23 @@ def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype =
         length = rng.integers(1, 41, size=size)
         policy = -length * rng.uniform(1, 4, size=size)
         tokens = np.where(np.arange(40) < length[:, None], spread * rng.normal(size=(size, 40)), 0)
-        columns = (policy, policy - tokens.sum(1), length, tokens, -length * rng.uniform(1, 4, size=size))
+        columns = (policy, policy - tokens.sum(1), length, tokens, -length * rng.uniform(1, 4, size=size), rng.normal(size=size),
+                   rng.normal(size=(size, 3)))  # fmt: skip
         return Side(*(torch.tensor(x, dtype=dtype) for x in columns))
 
     return side(), side()
 
 
 def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
-    """The loss of each item; verdicts read `chosen`, every other one desirable, at baseline .3; lists are of two."""
+    """The loss of each item; verdicts read `chosen`, every other one desirable, at baseline .3; lists are of two; single responses are
+    `chosen`, each the one sample of its prompt."""
     if name in BATCHWISE:
         return LOSSES[name].function(chosen, rejected, torch.ones_like(chosen.policy), *carried(name), **numbers)
-    if LOSSES[name].kind == "pairs":
+    if LOSSES[name].kind in ("pairs", "scored"):
         return LOSSES[name].function(chosen, rejected, **numbers)
+    if LOSSES[name].kind in ("values", "draws"):
+        draws = (values.Draws(torch.arange(len(chosen.policy)), torch.ones_like(chosen.policy)),) if LOSSES[name].kind == "values" else ()
+        return LOSSES[name].function(chosen, *draws, **numbers)
     if name in RANKED:
         place = torch.arange(2 * len(chosen.policy))
         both = Side(*(torch.stack([getattr(chosen, k), getattr(rejected, k)], 1).flatten() for k in ("policy", "reference", "length")))
@@ -197,9 +226,11 @@ def test_the_sweeps_sweep():
 @pytest.mark.parametrize("name", LOSSES)
 def test_line_of_the_table(name):
     loss = LOSSES[name]
-    assert loss.kind in {"pairs", "verdicts", "lists", "orders"} and loss.reference in {"none", "token", "distribution"} and loss.source
-    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision"}
-    data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order"}
+    assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws"} and loss.source
+    assert loss.reference in {"none", "token", "distribution"}
+    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member"}
+    data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order",
+            "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples"}
     free = loss.reference == "none" or name in data
     assert (loss.start is None) == free, "policy = reference fixes a value where there is a reference and nothing else is read"
     assert all(isinstance(v, float) for v in arguments(name).values())
@@ -270,6 +301,10 @@ def test_golden(name):
     5 + .5 * 2 = 6: (29/16)(6/4), 29/(.5 * 2), 29. lipo: its docstring. s-dpo: 1 + 3/4, (1 + 2)(1 + 4), 7; 1 + 5/16, 5 * 17, 21.
     kto (`verdicts.WORKED`: a = 1, -1, 0; good, bad, good; z0 = .5): beta(a - z0) = .05, beta(z0 - a) = .15, beta(a - z0) = -.05;
     at beta 1 and weights 2 and 3: .5, 1.5, -.5, so 2(1 - .622459), 3(1 - .817574), 2(1 - .377541) = .755081, .547277, 1.244919.
+    soft-*, rebel (`distill.WORKED`: the same pairs, d = 1, -1, 0, members (1, 3), (-1, 1), (-1, -3)): m = .2, 0, -.3; at beta 1, unit .5
+    m = 2, 0, -3 against 2, -2, 0 and, what the members are sure of, t = 2, 0, -2. soft is -ls(m) + (1-s) m. rebel: D - eta d.
+    value, value-quantile (`values.WORKED`: a = 1, 0, -2; rewards 0, ln 3 of one prompt, 2 of another): Z = (1 + 3)/2, at beta .5 (1 + 9)/2,
+    the other's V is its own reward 2; quantiles .25, .75, .5 less beta ln(beta (e^(1/beta) - 1)). anchor, optimism: -a and a.
     """
     for numbers, golden in GOLDEN[name]:
         values = LOSSES[name].function(*worked(name), **numbers)
@@ -283,7 +318,11 @@ def test_value_where_policy_is_reference(name):
     chosen, rejected = (replace(s, policy=s.reference, tokens=0 * s.tokens) for s in batch(6))
     loss = LOSSES[name]
     for numbers in (arguments(name), {k: v if k == "keep" else 0.7 * v for k, v in arguments(name).items()}):
-        if loss.kind != "verdicts":
+        if loss.kind == "scored":
+            values = items(name, chosen, rejected, **numbers)
+            gaps = zip((chosen.score - rejected.score).tolist(), (chosen.member - rejected.member).tolist(), strict=True)
+            start = [loss.start(numbers, *gap) for gap in gaps]
+        elif loss.kind != "verdicts":
             shape = ((1, 1), 0) if name in RANKED else ()
             values, start = items(name, chosen, rejected, **numbers), [loss.start(numbers, *shape)] * 6
         else:
@@ -420,8 +459,8 @@ def test_what_the_prompt_adds_cancels(name):
         return
     torch.testing.assert_close(items(name, *moved), items(name, chosen, rejected), rtol=1e-10, atol=1e-10)
     biased = [replace(s, policy=s.policy - 7.25) for s in (chosen, rejected)]
-    if LOSSES[name].kind == "verdicts":
-        assert (items(name, *biased) != items(name, chosen, rejected)).all(), "verdicts have no other side to cancel against"
+    if LOSSES[name].kind in ("verdicts", "values", "draws"):
+        assert (items(name, *biased) != items(name, chosen, rejected)).all(), "one response has no other side to cancel against"
 
 
 @pytest.mark.parametrize("name", FREE)

@@ -25,11 +25,13 @@ def ranked(*lists: tuple[list[list[int]], list[int], float]) -> tuple[torch.Tens
     return (*columns, torch.tensor([weight for *_, weight in lists], dtype=f64))
 
 
-def table(pairs=((0, 1), (2, 3)), prob=(1.0, 1.0), weight=(1.0, 1.0), verdicts=(), good=(), votes=(), mismatched=(), lists=()) -> Table:
+def table(pairs=((0, 1), (2, 3)), prob=(1.0, 1.0), weight=(1.0, 1.0), verdicts=(), good=(), votes=(), mismatched=(), lists=(),
+          score=(math.nan,) * 6, drawn=(0.0,) * 6, scored=(), valued=()) -> Table:  # fmt: skip
     return Table(torch.tensor(pairs).reshape(-1, 2), torch.tensor(prob, dtype=f64), torch.tensor(weight, dtype=f64),
                  torch.tensor(verdicts, dtype=torch.long), torch.tensor(good, dtype=torch.bool), torch.tensor(votes, dtype=f64),
-                 torch.tensor(mismatched, dtype=torch.long), *ranked(*lists), score=torch.full((6,), math.nan, dtype=f64),
-                 record=torch.zeros(6, dtype=torch.long))  # fmt: skip
+                 torch.tensor(mismatched, dtype=torch.long), *ranked(*lists), record=torch.zeros(6, dtype=torch.long),
+                 score=torch.tensor(score, dtype=f64), drawn=torch.tensor(drawn, dtype=f64), member=torch.zeros(6, 0, dtype=f64),
+                 scored=torch.tensor(scored, dtype=torch.long).reshape(-1, 2), valued=torch.tensor(valued, dtype=torch.long))  # fmt: skip
 
 
 # a = policy - reference: 1, -1, 0, 2, 3, -4

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from . import batchwise, divergences, lists, pairs, tokenwise, unanchored, verdicts
+from . import batchwise, distill, divergences, lists, pairs, tokenwise, unanchored, values, verdicts
 from .pairs import Side
 
 RATIO, MEAN_RATIO, POLICY, MEAN_POLICY = map(attrgetter, ("ratio", "mean_ratio", "policy", "mean_policy"))
@@ -37,7 +37,9 @@ class Loss:
             where it is not separable and a fourth, what was carried, where it carries; kind 'verdicts':
             `f(side: Side, desirable: (B,) bool, baseline: (), *, ...) -> (B,)`; kind 'lists':
             `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`; kind 'orders': the same, 0 for a list of one tier, whose votes
-            do not count in the mean.
+            do not count in the mean; kind 'scored', any two scored responses of a prompt: `f(one: Side, other: Side, *, ...) -> (B,)`;
+            kind 'values', scored responses: `f(side: Side, draws: values.Draws, *, ...) -> (B,)`; kind 'draws', samples of the
+            reference: `f(side: Side, *, ...) -> (B,)`.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
         soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
@@ -45,11 +47,13 @@ class Loss:
         source: paper and equation.
         separable: a step's loss is a sum over items, so micro-batches need one forward; False = batch statistics, two.
         mismatched: needs each prompt with another record's response (KTO's z0).
-        needs: which further columns of `Side` it reads: 'tokens', 'collision'.
+        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member'.
+        partition: its Z is estimated from samples, so their number and weights decide whether it can be trained at all.
         reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
         start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
             `arguments` names them); for verdicts `start(arguments, desirable)`, for lists
-            `start(arguments, sizes of the tiers, how many below)`. None where policy = reference fixes no value.
+            `start(arguments, sizes of the tiers, how many below)`, for scored pairs `start(arguments, gap, gaps of an ensemble)`.
+            None where policy = reference fixes no value.
         carry: statistics that run over steps, by name, as they stand before the first. The function gets those of the steps before
             its own, or None where no step is under way (an evaluation): then the set's own take their place.
         update: `(chosen, rejected, weight, carry, *, ...) -> carry` after the step, with the function's arguments.
@@ -67,6 +71,7 @@ class Loss:
     start: Callable[..., float] | None = None
     carry: Mapping[str, float] = field(default_factory=dict)
     update: Callable[..., dict[str, float]] | None = None
+    partition: bool = False
 
 
 def votes(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor) -> tuple[Side, Side, Tensor]:
@@ -166,6 +171,39 @@ def _first(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -
     return tiers[0] * math.log(1 + sum(tiers[1:]) + below)
 
 
+def _soft(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    """-s log(1/2) - (1-s) log(1/2)."""
+    return math.log(2)
+
+
+def _square(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    return (gap / arguments["unit"]) ** 2
+
+
+def _soft_kl(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    """ln 2 less the entropy of sigmoid(d)."""
+    d = abs(gap) / arguments["unit"]
+    return math.log(2) + d / (1 + math.exp(-d)) - d - math.log1p(math.exp(-d))
+
+
+def _soft_reverse_kl(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    """-ln 2 - log(s (1-s))/2."""
+    d = abs(gap) / arguments["unit"]
+    return d / 2 + math.log1p(math.exp(-d)) - math.log(2)
+
+
+def _rebel(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    return (arguments["eta"] * gap) ** 2
+
+
+def _pessimistic(arguments: Mapping[str, float], gap: float, members: Sequence[float]) -> float:
+    return (max(0.0, min(members)) + min(0.0, max(members))) ** 2 / arguments["unit"] ** 2
+
+
+def _zero(arguments: Mapping[str, float]) -> float:
+    return 0.0
+
+
 LOSSES: Mapping[str, Loss] = {
     "sigmoid": Loss(pairs.sigmoid, "pairs", "token", "swap", "arXiv:2305.18290, Eq. 7", start=_ln2),
     "reference-free": Loss(pairs.reference_free, "pairs", "none", "swap", "arXiv:2305.18290, authors' code", reads=POLICY),
@@ -213,6 +251,18 @@ LOSSES: Mapping[str, Loss] = {
                                    start=_davidson),
     "lipo": Loss(lists.lipo, "orders", "token", "refuse", "arXiv:2402.01878 (LiPO-lambda)"),
     "s-dpo": Loss(lists.s_dpo, "orders", "token", "refuse", "arXiv:2406.09215", start=_first),
+    "soft": Loss(distill.soft, "scored", "token", "refuse", "arXiv:2406.11704; the notes' distillation", needs=("score",), start=_soft),
+    "soft-square": Loss(distill.soft_square, "scored", "token", "refuse", "arXiv:2405.19316, d-DPO", needs=("score",), start=_square),
+    "soft-kl": Loss(distill.soft_kl, "scored", "token", "refuse", "arXiv:2406.11704", needs=("score",), start=_soft_kl),
+    "soft-reverse-kl": Loss(distill.soft_reverse_kl, "scored", "token", "refuse", "arXiv:2406.11704", needs=("score",),
+                            start=_soft_reverse_kl),
+    "soft-pessimistic": Loss(distill.soft_pessimistic, "scored", "token", "refuse", "after arXiv:2405.19316", needs=("score", "member"),
+                             start=_pessimistic),
+    "rebel": Loss(distill.rebel, "scored", "token", "refuse", "arXiv:2404.16767", needs=("score",), start=_rebel),
+    "value": Loss(values.value, "values", "token", "refuse", "arXiv:2505.20686 (A*-PO), one beta", needs=("score",), partition=True),
+    "value-quantile": Loss(values.value_quantile, "values", "token", "refuse", "arXiv:2507.08068 (QRPO)", needs=("score",)),
+    "anchor": Loss(values.anchor, "draws", "token", "refuse", "arXiv:2405.19316, its forward KL", start=_zero),
+    "optimism": Loss(values.optimism, "draws", "token", "refuse", "arXiv:2405.21046 (XPO)", start=_zero),
 }
 
 

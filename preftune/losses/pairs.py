@@ -28,7 +28,7 @@ class Side:
         length: (B,) response tokens counted, at least 1.
         tokens: (B, T) log pi - log ref token by token, zero after the end; only for losses that need 'tokens'.
         collision: (B,) sum over tokens of log sum_v pi(v)^2, without gradient; only for losses that need 'collision'.
-        score: (B,) the data's own reward of the response, NaN where it has none; only for losses that need 'score'.
+        score: (B,) reward of the response; NaN where it has none. member: (B, M) what each member of an ensemble says of it.
     """
 
     policy: Tensor
@@ -37,6 +37,7 @@ class Side:
     tokens: Tensor | None = None
     collision: Tensor | None = None
     score: Tensor | None = None
+    member: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """The same with every column changed."""
