@@ -90,6 +90,12 @@ class EndpointError(PreftuneError):
     exit_code = 10
 
 
+class ReportError(PreftuneError):
+    """The run is finished and its model and results stand; only its report could not be drawn."""
+
+    exit_code = 11
+
+
 class Interrupted(PreftuneError):
     """A signal stopped the run at a step boundary after a checkpoint was written. 130 for SIGINT, 143 for SIGTERM."""
 

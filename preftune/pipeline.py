@@ -20,14 +20,14 @@ import torch
 from . import adapters, checkpoints, engine, estimate, intake, models, monitors, reference, report, runs, selfcheck, trackers
 from .batches import Order
 from .config import Training, going_on, resolved_yaml, run_config
-from .errors import CheckpointError, DataError, NumericsError, UsageError
+from .errors import CheckpointError, DataError, NumericsError, ReportError, UsageError
 from .evaluate import Drawn, draw, held_out, judged, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
 from .formats import identity
 from .objectives import Objective, partition, readable
 from .readout import packs
 from .records import Record, Text
-from .rewards import scorer
+from .rewards import KINDS, scorer
 from .screen import bar, clean, say
 from .store import Store
 from .tokens import Codec, encode_prompt, make_codec
@@ -113,12 +113,18 @@ def _resume(task: Task, folder: Path, options: Training) -> int:
     finished = (folder / "results.json").is_file()
     if finished and not changes:
         say(f"{folder}: this run is finished")
+        if options.report and not (folder / "report.html").is_file():
+            say(f"written {_report(folder)}")
         return 0
     for reason in found.skipped if found else ():
         say(f"checkpoint skipped: {reason}")
     taken = max((row["step"] for row in runs.Log(folder / "metrics.jsonl").rows() if "loss" in row), default=0)
     if taken and not found:
         raise CheckpointError(f"{folder}: its metrics tell of {taken} steps, but no checkpoint is there; start a new run")
+    if found and gate_of(options, 1) and "gate" not in found.state["watch"]:
+        raise UsageError(f"--resume {folder}: --stop plateau and --publish reward look at a run from its start; start a new run")
+    # What is quick to compare is compared first: a forbidden change is told before minutes of preparation.
+    runs.refuse_changes(folder, [*changes, *runs.changed_content(before, before | at_a_glance(before, options))], options.allow_change)
     setup = prepare(task, options, fresh=False)
     changes += runs.changed_content(before, setup.manifest)
     runs.refuse_changes(folder, changes, options.allow_change)
@@ -136,6 +142,17 @@ def _resume(task: Task, folder: Path, options: Training) -> int:
         write_json(folder / "manifest.json", manifest)
         atomic_write(folder / "config.yaml", resolved_yaml(options))
     return _train(task, options, folder, setup, found)
+
+
+def at_a_glance(before: Mapping[str, Any], options: Training) -> dict[str, Any]:
+    """Of a manifest what needs neither model nor tokens: versions, the data files, rewards that are a file of their own."""
+    files, data = data_files(options)
+    prints = before["fingerprints"] | {"data": data}
+    if data != before["fingerprints"]["data"]:
+        prints["reference"] = "unknown"  # it stands on the tokens of these files
+    if all(spec is None or spec.partition(":")[0] in KINDS for spec in (options.eval_reward, options.eval_truth)):
+        prints |= {"reward": reward_print(*scorers(options, "cpu"))}
+    return {"versions": runs.versions(), "files": files, "fingerprints": prints}
 
 
 # ---------------------------------------------------------------- preparing
@@ -195,9 +212,8 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         say(f"only {total} steps: more epochs or a smaller --batch-size would train further")
     facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(found_in.dropped),
               "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}  # fmt: skip
-    files = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
+    files, data = data_files(options)
     intake.unchanged(taken, (*options.data, *options.eval_data))
-    data = fingerprint([found for _, *found in files], options.from_scores)
     for name, by in (("eval_reward", scoring), ("eval_truth", truth)):
         facts |= {name: {"rule": by.name, "sha256": by.fingerprint}} if by else {}
     manifest = {
@@ -206,8 +222,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
                          "template": fingerprint(codec.describe()), "base": base, "reference": key,
                          "reward": reward_print(scoring, truth)},
         "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
-        "files": [{"name": p, "sha256": found, "weight": weight, "held_out": i >= len(options.data)}
-                  for i, (p, found, weight) in enumerate(files)],
+        "files": files,
         "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
         "audit": facts["audit"], "self_check": found, "parameters": size, "trained": trained, "learning_rate": lr,
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name, "partition": counted,
@@ -218,6 +233,13 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
                   device, manifest, meter)  # fmt: skip
     manifest["memory"] = memory(setup, options)
     return setup
+
+
+def data_files(options: Training) -> tuple[list[dict[str, Any]], str]:
+    """The data files as the manifest lists them, and the fingerprint of all."""
+    found = [(p, *identity(p)) for p in (*options.data, *options.eval_data)]
+    listed = [{"name": p, "sha256": sha, "weight": weight, "held_out": i >= len(options.data)} for i, (p, sha, weight) in enumerate(found)]
+    return listed, fingerprint([rest for _, *rest in found], options.from_scores)
 
 
 def scorers(options: Training, device: str) -> tuple[Any | None, Any | None]:
@@ -542,10 +564,26 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
     }  # fmt: skip
     write_json(folder / "results.json", results)
-    page = report.write(folder) if options.report else None
+    page, fault = None, None
+    try:
+        page = _report(folder) if options.report else None
+    except ReportError as error:
+        fault = error
     for text in summary_lines(folder, results, page):
         print(clean(text))
+    if fault:
+        raise fault
     return 0
+
+
+def _report(folder: Path) -> Path:
+    """Write the report of a finished run. Raises ReportError, whatever went wrong: nothing of the run hangs on its page."""
+    try:
+        return report.write(folder)
+    except Exception as error:
+        what = clean(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise ReportError(f"{folder}: the run is finished and its model and results stand, but the report could not be drawn ({what})\n"
+                          f"  preftune report {folder} writes it") from error  # fmt: skip
 
 
 KEPT = {"best": "held-out loss is the lowest", "reward": "sampled reward is the highest within the KL limit"}

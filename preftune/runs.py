@@ -209,11 +209,16 @@ def _drafted(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, in
 # Options that no number depends on: they are obeyed on --resume and written down.
 FREE = ("keep", "save_every", "report", "offline", "track")
 # Options that only say where something lies or how it is found: what is there is compared instead.
-BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_reward", "threads", "device")
+BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_reward", "eval_truth", "threads", "device")
 # Options that no resumed run can change, and why.
 FIXED = dict.fromkeys(("lora", "lora_targets", "adapter", "freeze"), "the checkpoints hold other weights")
 FIXED |= dict.fromkeys(("seed", "holdout"), "prompts that were trained on would be held out")
 FIXED |= {"optimiser": "the checkpoints hold another optimiser's moments"}
+# Options that no resumed run can switch on or off, whatever else of them may change, and why.
+SWITCHES: dict[str, tuple[Any, str]] = {
+    "reference_update": ("none", "its checkpoints hold no reference that moved, or hold one that would be lost"),
+    "eval_truth": (None, "answers of one run are scored by the same rewards from its start"),
+}
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,8 @@ def changed_options(own: Any, now: Any) -> list[Change]:
             continue
         if field.name in FIXED:
             raise UsageError(f"{flag} {is_}: the run has {was} and cannot change it: {FIXED[field.name]}; start a new run")
+        if field.name in SWITCHES and (off := SWITCHES[field.name])[0] in (was, is_):
+            raise UsageError(f"{flag} {is_ or 'none'}: the run has {was or 'none'} and cannot switch it: {off[1]}; start a new run")
         found.append(Change("" if field.name in FREE + BY_CONTENT else "config", flag, was, is_))
     return found
 

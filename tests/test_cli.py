@@ -195,8 +195,8 @@ def ends(tmp_path, monkeypatch):
 
 
 CODES = {"UsageError": 2, "DataError": 3, "EmptyText": 3, "NumericsError": 4, "OutOfMemoryError": 5, "DiskError": 6, "CheckpointError": 7,
-         "ModelError": 8, "SelfCheckError": 9, "EndpointError": 10, "Interrupted": 143, "KeyboardInterrupt": 130, "RuntimeError": 1,
-         "0": 0, "7": 7}  # fmt: skip
+         "ModelError": 8, "SelfCheckError": 9, "EndpointError": 10, "ReportError": 11, "Interrupted": 143, "KeyboardInterrupt": 130,
+         "RuntimeError": 1, "0": 0, "7": 7}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "code"), CODES.items())

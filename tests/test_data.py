@@ -78,6 +78,10 @@ def test_every_finding_without_a_model(rows, name, level, where, tmp_path, capsy
     found = facts["by"][name]
     assert (found["level"], found["count"], found["where"]) == (level, len(rows), [f"{path}:{n}" for n in where])
     assert code == (3 if level == "problem" else 0) and facts["clean"] == (code == 0)
+    main(["data", "check", str(path)])
+    count = len(rows)
+    last = {"problem": f"{count} problem{'s' * (count > 1)}; exit code 3", "warning": f"no problem, {count} warning", "note": "clean"}
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last[level])
     assert checked(capsys, path, "--strict")[0] == (0 if level == "note" else 3)
     main(["data", "check", str(path)])
     shown = capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_exit_codes_are_the_documented_ones():
     }
     assert codes.pop("Interrupted") == errors.PreftuneError.exit_code  # set from the signal
     assert table.pop("Interrupted") == errors.Interrupted("", signal_number=15).exit_code == 143
-    assert table == codes and len(codes) == 10
+    assert table == codes and len(codes) == 11
 
 
 def test_the_reference_is_what_the_program_knows():

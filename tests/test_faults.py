@@ -28,7 +28,7 @@ import torch
 from test_dpo import lines, same_run
 from test_dpo import write_rows as write
 
-from preftune import checkpoints, engine, files, pipeline, runs
+from preftune import checkpoints, engine, files, intake, pipeline, report, runs
 from preftune.batches import Order
 from preftune.cli import main
 from preftune.config import CHANGES, Dpo, Sft
@@ -238,6 +238,41 @@ def test_fault_27_what_no_resumed_run_can_change_is_refused_even_if_allowed(name
     with pytest.raises(UsageError, match=rf"--{name} .*cannot change it"):
         dpo.run(Dpo(resume=own.output, allow_change=["config"], **{name: FIXED[name]}))
     assert everything(Path(own.output)) == before
+
+
+SWITCHED = {"reference_update": "soft", "eval_truth": "lexicon:x"}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_what_a_resumed_run_cannot_switch_on_is_refused_in_words(name, own):
+    before = everything(Path(own.output))
+    with pytest.raises(UsageError, match=rf"--{name.replace('_', '-')} {SWITCHED[name]}: the run has none and cannot switch it: "):
+        dpo.run(Dpo(resume=own.output, allow_change=["config", "reward"], **{name: SWITCHED[name]}))
+    with pytest.raises(UsageError, match=r"--stop plateau and --publish reward look at a run from its start"):
+        dpo.run(Dpo(resume=own.output, allow_change=["config"], publish="reward"))
+    assert everything(Path(own.output)) == before
+
+
+@pytest.mark.parametrize("what", ["data", "reward", "versions"])
+def test_what_is_quick_to_compare_is_refused_before_anything_is_read(what, own, monkeypatch):
+    SINCE[what][0](own)
+    monkeypatch.setattr(intake, "read_records", lambda *_: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match=rf"(?s){'torch' if what == 'versions' else what} .*--allow-change"):
+        dpo.run(Dpo(resume=own.output))
+
+
+def test_a_report_that_cannot_be_drawn_costs_nothing_but_the_report(options, monkeypatch, capsys):
+    """Exit 11 with the command that writes it; model, results and the closing lines stand; --resume writes what is missing."""
+    wanted = replace(options, max_steps=1, report=True, eval_every=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(report, "write", lambda folder: 1 / 0)
+        code = main(["dpo", *runs.command("dpo", wanted).split()[2:]])
+    said, folder = capsys.readouterr(), Path(wanted.output)
+    assert code == 11 and "ZeroDivisionError" in said.err and f"preftune report {folder} writes it" in said.err
+    assert (folder / "results.json").is_file() and (folder / "model").is_dir() and "next   " in said.out
+    assert not (folder / "report.html").exists()
+    assert main(["dpo", "--resume", str(folder)]) == 0 and (folder / "report.html").is_file()
+    assert "written" in capsys.readouterr().err
 
 
 def test_fault_27_another_architecture_is_refused_by_the_weights_it_trains(own):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_dpo import same_run
 
-from preftune import checkpoints, engine, models, readout, reference
+from preftune import adapters, checkpoints, engine, models, readout, reference
 from preftune.batches import make_step
 from preftune.config import Dpo
 from preftune.errors import UsageError
@@ -228,6 +228,46 @@ def test_evaluations_stay_with_the_first_reference(lora, options):
     assert [row["loss"] for row in train] == pytest.approx([0.693147] * len(train), abs=2e-5)
     assert held[-1]["eval/loss"] < 0.6 and held[-1]["eval/rewards/margins"] > 0.1
     assert held[-1]["kl_sequence_rb"] > 0.01 and held[0]["kl_sequence_rb"] == 0
+
+
+@pytest.mark.parametrize("how", [{"reference_update": "hard"}, {"reference_update": "soft", "reference_alpha": 0.3}], ids=["hard", "soft"])
+def test_an_adapter_as_given_goes_on_with_a_reference_that_follows_it(how, options, tmp_path):
+    """Training starts at ln 2 against the adapter as given; the reference that moves is W + its delta in closed form; evaluations stay
+    with the adapter as given; a stopped run ends in the same bits."""
+    assert dpo.run(replace(options, lora=2, lr=2e-2, epochs=1, output=str(tmp_path / "given"))) == 0
+    wanted = replace(options, model=str(tmp_path / "given" / "adapter"), adapter="continue", reference_every=1, lr=2e-2, **how)
+    assert dpo.run(wanted) == 0
+    whole = Path(wanted.output)
+    lines = [json.loads(row) for row in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in lines if "loss" in row]
+    if how["reference_update"] == "hard":
+        assert losses == pytest.approx([0.693147] * 8, abs=2e-5)
+    else:
+        assert losses[0] == pytest.approx(0.693147, abs=2e-5) and losses[-1] < 0.69
+    held = [row for row in lines if "eval/loss" in row]
+    assert held[0]["kl_sequence_rb"] == 0 and held[-1]["kl_sequence_rb"] > 0.01 and held[-1]["eval/loss"] < 0.68
+
+    def acted(step: int) -> dict[str, torch.Tensor]:
+        """W + its delta under the adapter of a checkpoint, by plain loops over the base's modules."""
+        model = adapters.go_on(wanted.model, dtype="fp32", device="cpu")
+        if step:
+            own, kept = dict(model.named_parameters()), checkpoints.at(whole, step).tensors("weights")
+            with torch.no_grad():
+                for name, weight in kept.items():
+                    own[name].copy_(weight)
+        return weights_of(model)
+
+    alpha = how.get("reference_alpha", 1.0)
+    expected = acted(0)
+    for step in range(1, 9):
+        expected = {name: alpha * w + (1 - alpha) * expected[name] for name, w in acted(step).items()}
+    found = checkpoints.at(whole, 8).tensors("reference")
+    assert found.keys() == expected.keys() and len(found) >= 14
+    assert max(float((found[name] - w).abs().max()) for name, w in expected.items()) < 1e-5
+    cut = tmp_path / "cut"
+    make.stop_after(dpo.run, replace(wanted, output=str(cut)), 3)
+    dpo.run(Dpo(resume=str(cut)))
+    same_run(whole, cut)
 
 
 def test_a_reference_that_could_not_move_is_refused(options):

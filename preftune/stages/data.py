@@ -227,8 +227,10 @@ COLOURS = {"problem": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def _end(found: Mapping[str, Any]) -> str:
-    count = found["problems"]
-    return f"{count:,} problem{'s' * (count > 1)}; exit code {DataError.exit_code}" if count else "clean"
+    count, warned = found["problems"], sum(f["count"] for f in found["findings"] if f["level"] == "warning")
+    if count:
+        return f"{count:,} problem{'s' * (count > 1)}; exit code {DataError.exit_code}"
+    return f"no problem, {warned:,} warning{'s' * (warned > 1)}" if warned else "clean"
 
 
 def plain(found: Mapping[str, Any]) -> str:
