@@ -13,6 +13,8 @@ from preftune.errors import DataError, UsageError
 from preftune.formats import read
 from preftune.records import pairs
 from preftune.stages import chat
+from preftune.store import build
+from preftune.tokens import make_codec
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,19 @@ def test_a_vote_that_training_would_refuse_is_not_saved(talk, base, tmp_path, mo
         monkeypatch.setattr(chat, "decode_response", lambda codec, ids, got, ends, text=text: text)
         _, notes = talk("line\n1\n", base, other, votes=str(votes))
         assert says in notes and not votes.exists()
+
+
+def test_a_vote_on_a_spelt_control_token_is_saved_only_where_training_would_split_it(talk, base, tmp_path, monkeypatch):
+    """What is saved under 'split' trains under 'split', and is what 'refuse' refuses."""
+    other, votes = make.write_model(tmp_path / "other", seed=3), tmp_path / "votes.jsonl"
+    texts = iter([" fine", " so<|end|> it"] * 99)
+    monkeypatch.setattr(chat, "decode_response", lambda codec, ids, got, ends: next(texts))
+    _, notes = talk("line\n1\n", base, other, votes=str(votes), sample_tokens=1)
+    assert "not saved: an answer spells the control token '<|end|>'" in notes and "--control-tokens split" in notes and not votes.exists()
+    talk("line\n1\n", base, other, votes=str(votes), sample_tokens=1, control_tokens="split")
+    saved = read([str(votes)]).records
+    for how, kept in (("refuse", 0), ("split", 1)):
+        assert len(build(saved, make_codec(make.tokenizer(), control_tokens=how), max_length=99)[0]) == kept
 
 
 def test_the_dialogue_goes_on_with_the_better_answer(talk, talker, tmp_path, monkeypatch, letters):

@@ -16,13 +16,18 @@ import make
 import numpy as np
 import pytest
 from scipy import stats
+from test_scores import write_reward
 
 from preftune import exact, models, runs
-from preftune.config import Pair, Sample, Score
+from preftune.cli import parse
+from preftune.config import Dpo, Pair, Sample, Score
 from preftune.errors import CheckpointError, DataError, DiskError, UsageError
 from preftune.exact import B4
+from preftune.files import write_json
 from preftune.formats import read
-from preftune.stages import pair, sample, score
+from preftune.records import as_text
+from preftune.rewards import scorer
+from preftune.stages import dpo, pair, sample, score
 
 PROMPTS = ["the cat", "a dog walks", "home", "they think so", "and", "so", "bright", "there", "that", "thanks"]
 
@@ -405,3 +410,50 @@ def test_pairs_worth_asking_about(scored, answers, length, tmp_path, capsys):
     assert " eleven" in [r["text"] for r in rows[0]["responses"]]
     with pytest.raises(DataError, match="nothing is left"):
         made(scored, tmp_path, ask=1, ask_by="disagreement")
+
+
+# --- real files as they lie there ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("private_cache")
+@pytest.mark.parametrize(("place", "loss"), [
+    ("oasst/en_100_tree.jsonl", "plackett-luce"),
+    ("tinystories-sentiment/kwise4.jsonl", "sigmoid"),
+    ("llamafactory/kto_en_demo.json", "kto"),
+])  # fmt: skip
+def test_rankings_scores_and_unpaired_labels_run_without_conversion(place, loss, shared_data, length, tmp_path):
+    """Message trees, four scored stories a prompt, true and false labels: as they lie there through score, pair and a step of dpo."""
+    wide, few = make.write_model(tmp_path / "wide", max_position_embeddings=2048), {"skip_bad": True, "max_records": 20}
+    scored, paired = tmp_path / "scored.jsonl", tmp_path / "paired.jsonl"
+    own = "kwise4" in place  # has scores already
+    score.run(Score(data=[str(shared_data / place)], reward=[length], output=str(scored), replace=own, **few))
+    before, after = read([shared_data / place], **few).records, read([scored]).records
+    assert [(r.judgements, r.labels) for r in before] == [(r.judgements, r.labels) for r in after] and len(after) >= 15
+    assert all(x.score == len(as_text(x.text)) for r in after for x in r.responses)
+    pair.run(Pair(data=[str(scored)], output=str(paired), how="all", limit=3))
+    made = read([paired]).records
+    assert len(made) >= 15 and all(bool(r.judgements) == own or r.judgements == b.judgements for r, b in zip(made, before, strict=False))
+    dpo.run(Dpo(model=str(wide), data=[str(paired)], output=str(tmp_path / "run"), max_steps=1, batch_size=4, eval_prompts=0, holdout=0,
+                lr=1e-5, loss=loss, report=False, threads=1, skip_bad=True, allow=["equal"]))  # fmt: skip
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 1
+
+
+def test_an_ensemble_scores_and_its_disagreement_asks(answers, tmp_path):
+    """Members' scores stand in meta.scored.each, centred by prompt; `score` is what the scorer itself says; --ask-by reads them."""
+    for seed in (1, 2):
+        write_reward(tmp_path / "both" / f"m{seed}", seed)
+    spec = f"model:{tmp_path / 'both'}@lower"
+    write_json(tmp_path / "both" / "ensemble.json", {"members": ["m1", "m2"]})
+    out = tmp_path / "scored.jsonl"
+    score.run(Score(data=[str(answers)], reward=[spec], output=str(out), device="cpu"))
+    rows, found = read([out]).records, scorer(spec)
+    for record in rows:
+        prompts = [record.prompt] * len(record.responses)
+        assert [r.score for r in record.responses] == pytest.approx(found(prompts, record.responses).tolist(), abs=1e-5)
+        each = np.array(record.meta["scored"]["each"])
+        assert each.shape == (2, len(prompts)) and each.mean(1) == pytest.approx(each.mean(), abs=1e-5), "one level for both members"
+    asked = made(out, tmp_path, ask=9, ask_by="disagreement")
+    doubts = [row["meta"]["paired"]["doubt"] for row in asked]
+    assert doubts == sorted(doubts, reverse=True) and doubts[0] > 0
+    with pytest.raises(UsageError, match="--device has no effect without a reward model"):
+        parse(["--data", str(answers), "--reward", "lexicon:x", "--device", "cpu", "--output", "o"], Score)

@@ -192,7 +192,7 @@ def _vote(speakers: Sequence[Speaker], prompt: Text, answers: Sequence[Answer], 
         say(f"{clean(typed.strip())!r} is not one of {', '.join(VOTES)}")
     verdict = None if typed is None else VOTES[typed.strip()]
     names = ", ".join(f"{place + 1} = {clean(speakers[i].name)}" for place, i in enumerate(order))
-    unfit = next((why for a in answers if (why := _unfit(a.text))), "")
+    unfit = next((why for a in answers if (why := _unfit(a.text, speakers, options))), "")
     if verdict is None or unfit:
         say(f"not saved{f': {unfit}' if verdict else ''} ({names})")
         return answers[0]
@@ -207,8 +207,11 @@ def _vote(speakers: Sequence[Speaker], prompt: Text, answers: Sequence[Answer], 
     return answers[better]
 
 
-def _unfit(text: str) -> str:
-    """Why `preftune dpo` would refuse a record with this answer, or ''."""
+def _unfit(text: str, speakers: Sequence[Speaker], options: Chat) -> str:
+    """Why `preftune dpo` with the same --control-tokens would refuse a record with this answer, or ''."""
     if found := FORBIDDEN.search(text):
         return f"an answer holds the control character {clean(found[0])}, which training refuses"
+    spelt = next((match[0] for s in speakers if (match := s.codec.control.search(text))), "")
+    if spelt and options.control_tokens == "refuse":
+        return f"an answer spells the control token {clean(spelt)!r}, which training refuses; --control-tokens split saves such votes"
     return "" if text.strip() else "an answer is empty, which training refuses"

@@ -86,6 +86,7 @@ def _from_weights(options: Sample, prompts: Sequence[Text], made_from: dict[str,
             found.add({i: row for i, row in zip(group, rows, strict=True) if i not in found.places})
             advance(len(found.places), len(ids))
         found.publish(lambda: (found.item(i) for i in range(len(ids))))
+    _tell_unfit(found.output, codec)
     _tell_means(found.output, ("kl",) * bool(frozen) + ("reward",) * bool(scoring))
     say(f"{len(ids)} prompts x {options.k} -> {options.output}")
     return 0
@@ -131,6 +132,16 @@ def _group(model: Any, frozen: Any, codec: Codec, prompts: Sequence[Text], ids: 
                           for j in range(options.k))  # fmt: skip
         rows.append(to_json(Record(prompt, responses)))
     return rows
+
+
+def _tell_unfit(output: Path, codec: Codec) -> None:
+    """Counts what training will refuse or leave out: they are samples all the same, and stay."""
+    texts = [response["text"] if isinstance(response, dict) else response for row in read_jsonl(output) for response in row["responses"]]
+    spelt, empty = sum(bool(codec.control.search(text)) for text in texts), sum(not text.strip() for text in texts)
+    for count, what in ((spelt, "spell a control token: train with --control-tokens split"),
+                        (empty, "are empty: score and pair leave their prompts out")):  # fmt: skip
+        if count:
+            say(f"{count} of {len(texts)} responses {what}")
 
 
 def _tell_means(output: Path, names: Sequence[str]) -> None:
