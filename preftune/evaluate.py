@@ -164,13 +164,13 @@ class Spoken:
 
 
 def speak(model: Any, codec: Codec, prompts: Sequence[Text], *, max_tokens: int, k: int = 1, seed: int = 0, temperature: float = 1.0,
-          top_p: float = 1.0, rows_at_once: int = 64,
+          top_p: float = 1.0, rows_at_once: int = 64, numbers: Sequence[int] | None = None,
           progress: Callable[[int, int], None] = lambda done, total: None) -> Spoken:  # fmt: skip
-    """k samples to each prompt; by default of the model itself: temperature 1, nothing cut."""
+    """k samples to each prompt; by default of the model itself: temperature 1, nothing cut. `numbers` as in `sampling.sample`."""
     ids = [encode_prompt(codec, p) for p in prompts]
     ends = [end_ids(codec, p) for p in prompts]
     samples = sample(model, ids, ends=ends, k=k, max_tokens=max_tokens, seed=seed, temperature=temperature, top_p=top_p,
-                     rows_at_once=rows_at_once, progress=progress)  # fmt: skip
+                     rows_at_once=rows_at_once, numbers=numbers, progress=progress)  # fmt: skip
     texts = [[decode_response(codec, p, list(s.ids), e) for s in row] for p, row, e in zip(ids, samples, ends, strict=True)]
     return Spoken(ids, [[s.ids for s in row] for row in samples], texts, np.array([[s.finished for s in row] for row in samples]),
                   np.array([[len(s.ids) for s in row] for row in samples]))  # fmt: skip

@@ -89,6 +89,17 @@ def test_intervals_cover_in_simulated_worlds(kind):
     assert abs(inside / worlds - 0.95) <= 3 * error, f"{inside / worlds:.3f}"
 
 
+@pytest.mark.parametrize("prompts", [5, 15])
+def test_few_prompts_of_several_samples_are_covered_too(prompts):
+    rng, inside = np.random.default_rng(12), 0
+    cluster = np.repeat(np.arange(prompts), 4)
+    for _ in range(1500):
+        wins = (rng.random(len(cluster)) < rng.beta(2, 1.5, prompts)[cluster]).astype(float)
+        _, low, high = certainty.share_of(wins, cluster)
+        inside += low <= 2 / 3.5 <= high
+    assert inside / 1500 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 1500)
+
+
 def test_plain_wilson_covers_independent_observations():
     rng, inside = np.random.default_rng(4), 0
     for _ in range(2000):

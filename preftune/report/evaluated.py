@@ -6,7 +6,7 @@ and what cannot be seen is made visible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -66,3 +66,16 @@ def evaluation_page(facts: Mapping[str, Any]) -> str:
 
     plots = [Markup(reliability_svg(file["calibration"]["bins"])) if file.get("calibration") else None for file in facts["files"]]
     return _page("evaluation.html", facts=facts, plots=plots)
+
+
+MOST_SHOWN = 500  # comparisons on a page; the files beside it hold all
+
+
+def comparison_page(facts: Mapping[str, Any], duels: Sequence[Mapping[str, Any]]) -> str:
+    """The page of two models: what was found, then the answers side by side, to be filtered by who won.
+
+    Args:
+        duels: per comparison 'prompt', 'a', 'b', 'score_a', 'score_b' (or None) and 'won': 'a', 'b', 'tie' or 'open'.
+    """
+    count = {kind: sum(d["won"] == kind for d in duels) for kind in ("a", "b", "tie", "open")}
+    return _page("comparison.html", facts=facts, duels=duels[:MOST_SHOWN], total=len(duels), count=count)

@@ -5,7 +5,10 @@ The whole offline family: `--loss` picks. What happens, and what is written, is 
 
 from __future__ import annotations
 
-from .. import pipeline
+import shlex
+from pathlib import Path
+
+from .. import pipeline, report
 from ..config import Dpo, loss_terms
 from ..objectives import Objective, preference
 from ..records import Record
@@ -32,4 +35,13 @@ def moving(options: Dpo) -> tuple[float, int] | None:
     return None if alpha is None else (alpha, options.reference_every)
 
 
-TASK = pipeline.Task("dpo", Dpo, objective, select, lambda folder: f"preftune chat {folder}", moving)
+def then(folder: Path) -> str:
+    """What to do next: compare it with what it began from, by the reward that watched it; where nothing was sampled, talk to it."""
+    run = report.read_run(folder)
+    if not run.samples:
+        return f"preftune chat {shlex.quote(str(folder))}"
+    words = ["preftune", "compare", str(folder), *(("--reward", str(by)) if (by := run.options.get("eval_reward")) else ())]
+    return shlex.join([*words, "--output", f"{folder}-compared"])
+
+
+TASK = pipeline.Task("dpo", Dpo, objective, select, then, moving)
