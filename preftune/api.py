@@ -218,6 +218,8 @@ def _function(verb: str, do: Callable[[str, Mapping[str, Any]], Any], returns: s
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sft": _function("sft", _train, "the Run"),
     "dpo": _function("dpo", _train, "the Run"),
+    "online": _function("online", _train, "the Run"),
+    "ppo": _function("ppo", _train, "the Run"),
     "sample": _function("sample", _rows, "the records as a list of dicts"),
     "score": _function("score", _rows, "the records as a list of dicts"),
     "pair": _function("pair", _rows, "the records as a list of dicts"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,12 +149,14 @@ class Step:
             'lists' and 'orders', the lists that compare (sums of weights), 'scored' (pairs), 'values' and 'draws' (responses), 'responses',
             'tokens' (targets).
         again: tokens a pass -> the same step in smaller passes, where it is known.
+        facts: what was known of the step before it was taken, for its line of metrics.
     """
 
     micro: tuple[Batch, ...]
     records: tuple[int, ...]
     totals: Mapping[str, float]
     again: Callable[[int], Step] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=2)

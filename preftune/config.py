@@ -188,10 +188,9 @@ class Training(Judged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dpo(Training):
-    """Tune a model on preferences: the whole offline family; --loss picks."""
+class Losses(Training):
+    """What a verb takes that minimises a loss of the table against a reference."""
 
-    EXAMPLE = "preftune dpo --model MODEL --data pairs.jsonl --output runs/first"
     loss: str = option("sigmoid", "a loss, or a weighted sum such as sigmoid+0.1*nll; 'preftune dpo --help-losses' lists them")
     beta: float | None = option(None, "KL weight: multiplies the log-ratio; short for --loss.beta. Default: the loss's own", low=0, open_low=True)
     loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.gamma 0.5; an argument that it does not take is an error", group="training")
@@ -202,11 +201,61 @@ class Dpo(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dpo(Losses):
+    """Tune a model on preferences: the whole offline family; --loss picks."""
+
+    EXAMPLE = "preftune dpo --model MODEL --data pairs.jsonl --output runs/first"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sft(Training):
     """Fine-tune a model on answers; with --preferred on the preferred answers of preference data."""
 
     EXAMPLE = "preftune sft --model MODEL --data pairs.jsonl --preferred --output runs/sft"
     preferred: bool = option(False, "train on the answers that judgements or labels prefer, not on all (Preferred-FT)", group="data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy(Training):
+    """What a verb takes whose answers are the policy's own, scored by a reward. Of the data only prompts are read."""
+
+    reward: str | None = option(None, "what scores the answers: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", required=True, pattern=REWARD)
+    k: int | None = option(None, "answers per prompt. Default: 2; 1 for --advantage gae, 4 for rloo and group", low=1)
+    rollout_prompts: int | None = option(None, "prompts that are sampled from before the policy moves. Default: --batch-size", group="training", low=1)
+    temperature: float = option(1.0, "divides the logits when sampling, and wherever log-probs of these samples are read", group="training", low=0, open_low=True)
+    eos_penalty: float = option(0.0, "what an answer loses of its reward that reached --sample-tokens without an end", group="training", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ppo(OnPolicy):
+    """Tune a model by reinforcement from a reward, held near its start by KL: PPO, RLOO or GRPO."""
+
+    EXAMPLE = "preftune ppo --model MODEL --data prompts.txt --reward python:judge.py:judge --output runs/ppo"
+    beta: float = option(0.05, "KL weight, to begin with where --kl-target is given", low=0)
+    advantage: str = option("gae", "gae: a value model and per-token advantages (PPO); rloo: against the prompt's other answers; group: the same over their spread (GRPO)", choices=("gae", "rloo", "group"))
+    passes: int = option(4, "passes over the answers of a round", group="training", low=1)
+    kl: str | None = option(None, "where KL stands: in the reward, or as a loss per token (k2, k3). Default: reward; k3 for --advantage group", group="training", choices=("reward", "k2", "k3"))
+    kl_target: float | None = option(None, "nats per answer that --beta is steered to hold. Default: --beta stays", group="training", low=0, open_low=True)
+    kl_horizon: int = option(10000, "answers over which a steered --beta may change by a fifth", group="training", low=1)
+    clip_ratio: float = option(0.2, "how far the ratio to the sampling policy may go before a token or answer stops counting", group="training", low=0, high=1, open_low=True)
+    normalise_rewards: bool = option(False, "rewards less their running mean, over their running standard deviation", group="training")
+    whiten: bool = option(True, "advantages to mean 0 and variance 1 over a round (gae)", group="training")
+    discount: float = option(1.0, "gamma of gae", group="training", low=0, high=1, open_low=True)
+    lam: float = option(0.95, "lambda of gae: 1 trusts rewards alone, 0 the value alone", group="training", low=0, high=1)
+    value: str = option("head", "value model: a head on the policy's states, which do not learn from it; or a copy of the policy with a head", group="training", choices=("head", "copy"))
+    value_weight: float = option(0.1, "weight of the value loss", group="training", low=0, open_low=True)
+    value_lr: float = option(10.0, "learning rate of the value model, in learning rates of the policy", group="training", low=0, open_low=True)
+    clip_value: float = option(0.2, "how far a value may move in a round before its loss stops falling", group="training", low=0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDpo(Losses, OnPolicy):
+    """Tune a model on pairs of its own answers, judged by a reward while it learns: online DPO and any other pair loss."""
+
+    EXAMPLE = "preftune online --model MODEL --data prompts.txt --reward python:judge.py:judge --output runs/online"
+    passes: int = option(1, "passes over the pairs of a round", group="training", low=1)
+    pairs: str = option("best-worst", "which answers of a prompt make its pair: the best and the worst, or two at random", group="training", choices=("best-worst", "random"))
+    optimism: float = option(0.0, "XPO: weight of the log-prob of an answer of the reference, which one more answer per prompt is", group="training", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +517,11 @@ ALSO_CALLED = {
     "max_tokens": "sample_tokens", "num_samples": "k", "n": "k", "save_total_limit": "keep", "chat_template": "template", "lang": "language",
     "early_stopping_patience": "patience", "early_stopping_threshold": "min_improvement", "load_best_model_at_end": "publish",
     "optim": "optimiser", "report_to": "track", "optimizer": "optimiser", "freeze_layers": "freeze",
+    "kl_coef": "beta", "init_kl_coef": "beta", "cliprange": "clip_ratio", "epsilon": "clip_ratio", "cliprange_value": "clip_value",
+    "vf_coef": "value_weight", "num_ppo_epochs": "passes", "ppo_epochs": "passes", "num_iterations": "passes", "gamma": "discount",
+    "missing_eos_penalty": "eos_penalty", "num_generations": "k", "rloo_k": "k", "response_length": "sample_tokens",
+    "max_completion_length": "sample_tokens", "reward_model_path": "reward", "reward_funcs": "reward", "normalize_rewards": "normalise_rewards",
+    "kl_estimator": "kl", "horizon": "kl_horizon", "target": "kl_target",
     "sync_ref_model": "reference_update", "ref_model_mixup_alpha": "reference_alpha", "ref_model_sync_steps": "reference_every",
 }  # fmt: skip
 
@@ -675,7 +729,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     return terms
 
 
-def loss_terms(options: Dpo | Evaluate, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
+def loss_terms(options: Losses | Evaluate, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
     """(weight, loss, all its arguments) for each term of --loss. An argument goes to every term that takes it.
 
     Raises:
@@ -703,7 +757,7 @@ def loss_terms(options: Dpo | Evaluate, labels: Mapping[str, str] | None = None)
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} has no soft form, so its labels cannot be smoothed")
         if "noise" in loss_facts()[name].arguments:
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
-    if isinstance(options, Dpo) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
+    if isinstance(options, Losses) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
         raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
     for _, name in terms if isinstance(options, Dpo) and options.reference_update != "none" else ():
         if loss_facts()[name].kind in ("values", "draws"):
@@ -711,6 +765,12 @@ def loss_terms(options: Dpo | Evaluate, labels: Mapping[str, str] | None = None)
                              "so that must stand still")
     arguments = [loss_facts()[name].arguments for _, name in terms]
     return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
+
+
+def kl_place(options: Ppo) -> str:
+    """Where the KL of ppo stands: 'reward', or the loss that it is, 'k2' or 'k3'. GRPO's own place is k3: over the spread of a group
+    whose rewards are equal, a KL in the reward would be all there is."""
+    return options.kl or ("k3" if options.advantage == "group" else "reward")
 
 
 # --- models and files by name --------------------------------------------------------------------------------------------------
@@ -831,13 +891,13 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Sft,), "from_scores", lambda o: not o.preferred, "has no effect without --preferred: all answers are imitated"),
     *(((Training,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
     ((Training,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
-    ((Training,), "stop", lambda o: o.eval_reward is None, "plateau watches the reward of the model's own answers: give --eval-reward RULE (--patience N watches the held-out loss)"),
+    ((Training,), "stop", lambda o: o.eval_reward is None and not isinstance(o, OnPolicy), "plateau watches the reward of the model's own answers: give --eval-reward RULE (--patience N watches the held-out loss)"),
     ((Training,), "stop", lambda o: o.patience is not None, "plateau and --patience each say when to stop and what to keep: give one of them"),
-    ((Training,), "publish", lambda o: o.publish == "reward" and o.eval_reward is None, "reward has no reward to go by: give --eval-reward RULE"),
+    ((Training,), "publish", lambda o: o.publish == "reward" and o.eval_reward is None and not isinstance(o, OnPolicy), "reward has no reward to go by: give --eval-reward RULE"),
     *(((Training,), name, lambda o: o.stop is None, "has no effect without --stop plateau") for name in ("plateau_window", "plateau_band")),
     *(((Training,), name, lambda o: o.stop is None and o.publish != "reward", "has no effect without --stop plateau or --publish reward") for name in ("kl_limit", "kl_unit")),
     ((Training,), "kl_unit", lambda o: o.kl_unit == "sequence" and o.kl_limit is None, "sequence needs its own --kl-limit: the default of 0.05 is meant per token, per answer it would allow next to nothing"),
-    ((Training,), "eval_truth", lambda o: o.eval_reward is None, "has no proxy to stand beside: give --eval-reward RULE too, or only that"),
+    ((Training,), "eval_truth", lambda o: o.eval_reward is None and not isinstance(o, OnPolicy), "has no proxy to stand beside: give --eval-reward RULE too, or only that"),
     ((Training,), "eval_truth", lambda o: o.eval_truth == o.eval_reward, "is --eval-reward itself"),
     ((Training,), "stop", lambda o: o.holdout == 0 and not o.eval_data, "needs held-out prompts: --holdout is 0 and there is no --eval-data"),
     ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
@@ -850,10 +910,21 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
     ((Training,), "eval_reward", lambda o: o.eval_prompts == 0, "has nothing to score: --eval-prompts is 0"),
     ((Training,), "eval_samples", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
-    ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
+    ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0 and not isinstance(o, OnPolicy), "has no effect: --eval-prompts is 0"),
     ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
-    ((Dpo,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
-    ((Dpo,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
+    ((Losses,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
+    ((Losses,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
+    *(((OnPolicy,), name, lambda o: True, "has no effect: of the data only prompts are read") for name in ("from_scores", "finish")),
+    ((OnPolicy,), "patience", lambda o: True, "has no held-out loss to go by: answers are the policy's own"),
+    ((OnPolicy,), "publish", lambda o: o.publish == "best", "best has no held-out loss to go by: answers are the policy's own"),
+    ((OnPolicy,), "rollout_prompts", lambda o: o.rollout_prompts < o.batch_size, "must be at least --batch-size, the prompts of one step"),
+    ((Ppo,), "k", lambda o: o.advantage != "gae" and o.k == 1, "must be at least 2: --advantage rloo and group compare a prompt's answers"),
+    *(((Ppo,), name, lambda o: o.advantage != "gae", "has no effect: there is a value model with --advantage gae only") for name in ("whiten", "discount", "lam", "value", "value_weight", "value_lr", "clip_value")),
+    ((Ppo,), "kl_horizon", lambda o: o.kl_target is None, "has no effect without --kl-target"),
+    ((Ppo,), "kl_target", lambda o: o.beta == 0, "has nothing to steer: --beta is 0"),
+    ((Ppo,), "kl_target", lambda o: kl_place(o) != "reward", "steers the KL in the reward: give --kl reward"),
+    ((Ppo,), "kl", lambda o: o.beta == 0, "has no effect: --beta is 0"),
+    ((OnlineDpo,), "k", lambda o: o.k == 1 and not o.optimism, "must be at least 2: pairs are made of a prompt's answers"),
     ((Score, Pair), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
     ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),
@@ -924,7 +995,7 @@ def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
     for verbs, name, contradicts, why in CONTRADICTIONS:
         if isinstance(options, verbs) and name in said and contradicts(options):
             raise UsageError(f"{labels[name]} {why}")
-    if isinstance(options, Dpo) or (isinstance(options, Evaluate) and options.loss is not None):  # else the run's, which is not read yet
+    if isinstance(options, Losses) or (isinstance(options, Evaluate) and options.loss is not None):  # else the run's, which is not read yet
         loss_terms(options, labels)
     _inputs(options, labels)
     return options

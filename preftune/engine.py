@@ -79,12 +79,14 @@ def watch_held_out(state: State, loss: float, *, least: float) -> bool:
 
 
 def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, weight_decay: float = 0.0,
-               betas: tuple[float, float] = (0.9, 0.999), optimiser: str = "adamw") -> State:  # fmt: skip
+               betas: tuple[float, float] = (0.9, 0.999), optimiser: str = "adamw",
+               factor: Callable[[str], float] = lambda name: 1.0) -> State:  # fmt: skip
     """An optimiser over every parameter that requires a gradient, with fp32 masters for those in a shorter format.
 
     Args:
         optimiser: 'adamw'; 'rmsprop', torch's defaults (decay 0.99, no momentum) as the DPO paper's code has it; 'adamw-8bit',
             whose moments are kept in 8 bits by bitsandbytes. weight_decay, betas: of the two AdamW.
+        factor: name of a weight -> what its learning rate is multiplied by.
 
     Raises:
         UsageError: 'adamw-8bit' without bitsandbytes.
@@ -93,7 +95,10 @@ def make_state(model: nn.Module, *, rate: Callable[[int], float], clip: float, w
     masters = {n: p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for n, p in weights.items()}
     adam = {"betas": betas, "weight_decay": weight_decay}
     arguments = {"adamw": adam | {"fused": True}, "adamw-8bit": adam, "rmsprop": {}}[optimiser]
-    chosen = optimiser_named(optimiser)(list(masters.values()), lr=rate(0), **arguments)
+    groups: dict[float, list[Tensor]] = {}
+    for name, master in masters.items():
+        groups.setdefault(factor(name), []).append(master)
+    chosen = optimiser_named(optimiser)([{"params": each, "factor": f} for f, each in groups.items()], lr=rate(0), **arguments)
     return State(model, weights, masters, chosen, rate, clip)
 
 
@@ -171,7 +176,7 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         began = time.perf_counter()
         lr = state.rate(state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         failed, step = list[int](), _cut(state, step)
         while (got := _attempt(state, step, objective, auto_micro=auto_micro)) is None:
             failed.append(_largest(step))
@@ -195,7 +200,7 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
         limit = spike(state, loss)
         leap: dict[str, Any] = {} if limit is None else {"spike_limit": limit, "spike_records": [_name(r, where) for r in step.records]}
         sums |= {f"carry/{name}": value for name, value in carry.items()}
-        yield {"step": state.step, "loss": loss, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
+        yield {"step": state.step, "loss": loss, **step.facts, **sums, "grad_norm": norm, "learning_rate": lr, "num_tokens": state.tokens,
                "tokens_per_second": tokens / seconds, "seconds": state.seconds, **leap,
                **({"micro_tokens": state.micro_tokens} if state.micro_tokens else {}),
                **({"did_not_fit": failed} if failed else {})}  # fmt: skip
@@ -212,7 +217,9 @@ def _halved(step: Step) -> int:
 
 def _cut(state: State, step: Step) -> Step:
     """The step in passes of the size that memory was found to hold."""
-    return step.again(state.micro_tokens) if state.micro_tokens and step.again and _largest(step) > state.micro_tokens else step
+    if not (state.micro_tokens and step.again and _largest(step) > state.micro_tokens):
+        return step
+    return replace(step.again(state.micro_tokens), facts=step.facts)
 
 
 def _attempt(state: State, step: Step, objective: Objective, *,

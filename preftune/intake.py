@@ -50,6 +50,8 @@ class Verb(Protocol):
     """What this room asks of a `pipeline.Task`."""
 
     @property
+    def prompts(self) -> bool: ...
+    @property
     def select(self) -> Any: ...
     @property
     def refuse(self) -> Any: ...
@@ -171,7 +173,7 @@ class _Taker:
         """Read files to their end."""
         tally, seen = Tally(), Seen()
         for record in stream(words, tally, format=options.format, skip_bad=options.skip_bad, max_records=max_records,
-                             from_scores=options.from_scores):  # fmt: skip
+                             from_scores=options.from_scores, prompts=task.prompts):  # fmt: skip
             seen.read += 1
             if record.judgements or record.labels is not None:
                 seen.judged += 1
@@ -320,12 +322,24 @@ def _repeated(prompt: np.ndarray, held: np.ndarray) -> np.ndarray:
     return out
 
 
-def encode_records(taken: Taken, plan: Plan, codec: Codec, options: Training, *, window: int | None, mismatched: bool,
-                   folder: Path, members: bool = False, weights: str | None = None) -> tuple[Store, Intake]:  # fmt: skip
-    """The store, or DataError where too much had to be left out."""
+def longest(options: Training, window: int | None, *, prompts: bool) -> int | None:
+    """The most tokens that a record may have, None for no limit; prompts leave room for a sample. Raises UsageError."""
     if options.max_length and window and options.max_length > window:
         raise UsageError(f"--max-length {options.max_length}: the model has {window} positions")
-    store, intake = build(plan.records(taken.shelf), codec, max_length=options.max_length or window, mismatched=mismatched, folder=folder,
+    limit = options.max_length or window
+    if not prompts or limit is None:
+        return limit
+    if limit <= options.sample_tokens + 1:
+        raise UsageError(f"--sample-tokens {options.sample_tokens}: leaves no room for a prompt among {limit} positions")
+    return limit - options.sample_tokens + 1
+
+
+def encode_records(taken: Taken, plan: Plan, codec: Codec, options: Training, *, window: int | None, mismatched: bool,
+                   folder: Path, members: bool = False, weights: str | None = None,
+                   prompts: bool = False) -> tuple[Store, Intake]:  # fmt: skip
+    """The store, or DataError where too much had to be left out."""
+    limit = longest(options, window, prompts=prompts)
+    store, intake = build(plan.records(taken.shelf), codec, max_length=limit, mismatched=mismatched, folder=folder,
                           members=members, weights=weights)  # fmt: skip
     reasons = ", ".join(f"{n} {reason}" for reason, n in intake.dropped.most_common())
     if not len(store):

@@ -34,13 +34,13 @@ Terms = Mapping[str, tuple[Tensor, str]]
 Columns = Side  # what is known of all R responses of a batch or a step; `columns[rows]` are some of them
 
 
-def join_columns(columns: Sequence[Columns]) -> Columns:
-    """Columns of a step's batches as those of the whole step; rows of tokens are filled up to the longest."""
-    parts = {f.name: [getattr(c, f.name) for c in columns] for f in fields(Columns)}
-    if parts["tokens"][0] is not None:
+def join_columns(columns: Sequence[Any]) -> Any:
+    """Columns of a step's batches, of whatever kind, as those of the whole step; rows of tokens are filled up to the longest."""
+    parts = {f.name: [getattr(c, f.name) for c in columns] for f in fields(columns[0])}
+    if parts.get("tokens", [None])[0] is not None:
         longest = max(x.shape[1] for x in parts["tokens"])
         parts["tokens"] = [F.pad(x, (0, longest - x.shape[1])) for x in parts["tokens"]]
-    return Columns(**{name: None if x[0] is None else torch.cat(x) for name, x in parts.items()})
+    return type(columns[0])(**{name: None if x[0] is None else torch.cat(x) for name, x in parts.items()})
 
 
 @dataclass(frozen=True)

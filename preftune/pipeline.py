@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import adapters, checkpoints, engine, estimate, intake, models, monitors, reference, report, runs, selfcheck, trackers
-from .batches import Order
-from .config import Training, going_on, resolved_yaml, run_config
+from . import (
+    adapters,
+    checkpoints,
+    engine,
+    estimate,
+    intake,
+    models,
+    monitors,
+    reference,
+    report,
+    rollouts,
+    runs,
+    selfcheck,
+    trackers,
+)
+from .batches import Order, Step
+from .config import OnPolicy, Training, going_on, resolved_yaml, run_config
 from .errors import CheckpointError, DataError, NumericsError, ReportError, UsageError
 from .evaluate import Drawn, draw, held_out, judged, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
@@ -28,9 +42,28 @@ from .objectives import Objective, partition, readable
 from .readout import packs
 from .records import Record, Text
 from .rewards import KINDS, scorer
+from .sampling import sample
 from .screen import bar, clean, say
-from .store import Store
-from .tokens import Codec, encode_prompt, make_codec
+from .store import Store, from_ids
+from .tokens import Codec, encode_prompt, end_ids, make_codec
+
+
+@dataclass(frozen=True)
+class Rolls:
+    """What sets a verb whose answers are the policy's own apart from one that reads them.
+
+    Args:
+        rounds: (prompts, options) -> which prompts make which step. k: options -> answers per prompt. kept: options -> what rounds carry.
+        make: options -> how a round is made. learner: (setup, options) -> what trains. factor: (weight, options) -> its share of the
+            learning rate.
+    """
+
+    rounds: Callable[[int, Any], rollouts.Rounds]
+    k: Callable[[Any], int]
+    kept: Callable[[Any], rollouts.Kept]
+    make: Callable[[Any], rollouts.Make]
+    learner: Callable[[Setup, Any], Any] = lambda setup, options: setup.model
+    factor: Callable[[str, Any], float] = lambda name, options: 1.0
 
 
 @dataclass(frozen=True)
@@ -43,15 +76,22 @@ class Task:
         then: run folder -> the command that a person would want next.
         moving: options -> (alpha, every) of a reference that follows the policy, or None.
         refuse: (what was seen of a set of files, options): raises DataError where they are not what this verb reads.
+        rolls: how answers are sampled, or None where they are read.
     """
 
     verb: str
     options: type[Training]
-    objective: Callable[[Any], Objective]
+    objective: Callable[[Any], Any]
     select: Callable[[Record, Any], Record | None]
     then: Callable[[Path], str]
     moving: Callable[[Any], tuple[float, int] | None] = lambda options: None
     refuse: Callable[[intake.Seen, Any], None] = lambda seen, options: None
+    rolls: Rolls | None = None
+
+    @property
+    def prompts(self) -> bool:
+        """Whether only the prompts of the data are read."""
+        return self.rolls is not None
 
 
 @dataclass(frozen=True)
@@ -61,6 +101,7 @@ class Setup:
     Args:
         model: the policy. frozen: the reference model, or None where it is the policy with its adapter off.
         train, held: store records. prompts: held-out prompts to sample from. manifest: what will be written of all this.
+        texts: store record -> its prompt. reward: of the answers that train, or None.
     """
 
     model: Any
@@ -75,11 +116,13 @@ class Setup:
     objective: Objective
     rule: Any | None
     truth: Any | None
-    order: Order
+    order: Order | rollouts.Rounds
     lr: float
     device: str
     manifest: dict[str, Any]
     meter: estimate.Meter
+    texts: Callable[[int], Text]
+    reward: Any | None
 
 
 def run(task: Task, options: Training) -> int:
@@ -150,7 +193,7 @@ def at_a_glance(before: Mapping[str, Any], options: Training) -> dict[str, Any]:
     prints = before["fingerprints"] | {"data": data}
     if data != before["fingerprints"]["data"]:
         prints["reference"] = "unknown"  # it stands on the tokens of these files
-    if all(spec is None or spec.partition(":")[0] in KINDS for spec in (options.eval_reward, options.eval_truth)):
+    if all(spec is None or spec.partition(":")[0] in KINDS for spec in reward_specs(options)):
         prints |= {"reward": reward_print(*scorers(options, "cpu"))}
     return {"versions": runs.versions(), "files": files, "fingerprints": prints}
 
@@ -165,7 +208,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
     device = models.pick_device(options.device)
-    scoring, truth = scorers(options, device)
+    scoring, truth, training_reward = scorers(options, device)
     work = reference.cache_folder().with_name("work")
     taken = intake.read_records(task, options, work)
     facts = taken.facts
@@ -182,35 +225,36 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
                        control_tokens=options.control_tokens)  # fmt: skip
     window = models.window_of(model.config)
     base = models.weights_fingerprint(str(options.model), offline=options.offline)
-    plan = intake.merge_prompts(taken, codec, options.max_length or window)
+    plan = intake.merge_prompts(taken, codec, intake.longest(options, window, prompts=task.prompts))
     facts["merged"] = len(taken.shelf) - len(plan.stands)
     store, found_in = intake.encode_records(taken, plan, codec, options, window=window, mismatched=objective.mismatched, folder=work,
-                                            members="member" in objective.needs, weights=base)  # fmt: skip
+                                            members="member" in objective.needs, weights=base, prompts=task.prompts)  # fmt: skip
     chosen = np.array(found_in.kept)
     kept = plan.stands[chosen]  # the shelf's record of each of the store's
     held = intake.split_by_prompt(taken.prompt[kept], options.holdout, options.seed) if plan.first < 0 else chosen >= plan.first
-    train = readable(store, objective, np.flatnonzero(~held))
-    counted = _partition(store, train, objective)
+    usable = np.full(len(store), True) if task.prompts else judged(store, objective)
+    train = np.flatnonzero(~held) if task.prompts else readable(store, objective, np.flatnonzero(~held))
+    counted = {} if task.prompts else _partition(store, train, objective)
     # Merged weights are rounded, those of an adapter beside its base are not: two references.
     key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base, dtype=options.dtype, device=device)
-    columns = _columns(model, store, key, objective, options, device)
-    held_index = np.flatnonzero(held & judged(store, objective))
+    columns = {} if task.prompts else _columns(model, store, key, objective, options, device)
+    held_index = np.flatnonzero(held & usable & (not task.prompts))
     if not len(held_index) and (options.patience or options.publish == "best"):
         raise DataError(f"--{'patience' if options.patience else 'publish best'}: no held-out record has {objective.reads}")
-    found = selfcheck.check(model, store, train, objective, columns, codec, dtype=options.dtype, device=device, fresh=True)
+
+    def texts(record: int) -> Text:
+        return taken.shelf[int(kept[record])].prompt
+
+    looked_at, some = _probe(model, store, train, codec, texts) if task.prompts else (store, train)
+    found = selfcheck.check(model, looked_at, some, objective, columns, codec, dtype=options.dtype, device=device, fresh=not task.prompts)
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
-    model, frozen, trained = what_trains(model, options, device)
+    model, frozen, trained = what_trains(model, options, device, frozen_too=task.prompts)
     lr, reason = engine.auto_rate(size, lora=bool(options.lora) or options.adapter == "continue", supervised=objective.reads == "responses")
     lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
     say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
-    order = Order(len(train), options.batch_size, options.epochs, options.seed)
-    total = min(options.max_steps or order.steps, order.steps)
-    if (follows := task.moving(options)) and follows[1] > total:
-        raise UsageError(f"--reference-every {follows[1]}: the run has {total} steps, so its reference would never move")
-    if (options.max_steps or order.steps) < 50 and fresh:
-        say(f"only {total} steps: more epochs or a smaller --batch-size would train further")
-    facts |= {"kept": len(store), "train": len(train), "held_out": len(held_index), "dropped": dict(found_in.dropped),
+    order = _order(task, options, len(train), fresh=fresh)
+    facts |= {"kept": len(store), "train": len(train), "held_out": int((held & usable).sum()), "dropped": dict(found_in.dropped),
               "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}  # fmt: skip
     files, data = data_files(options)
     intake.unchanged(taken, (*options.data, *options.eval_data))
@@ -220,7 +264,7 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "stage": task.verb, "versions": runs.versions(), "hardware": runs.hardware(device, torch.get_num_threads()), "seed": options.seed,
         "fingerprints": {"data": data, "tokeniser": fingerprint(codec.backend.to_str()),
                          "template": fingerprint(codec.describe()), "base": base, "reference": key,
-                         "reward": reward_print(scoring, truth)},
+                         "reward": reward_print(scoring, truth, training_reward)},
         "base": {"name": options.model, "from": "folder" if os.path.isdir(str(options.model)) else "hub"},
         "files": files,
         "codec": codec.describe() | {"template": codec.template_name}, "records": {k: v for k, v in facts.items() if k != "audit"},
@@ -228,10 +272,10 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         "learning_rate_reason": reason, "packed": packs(model), "loss": objective.name, "partition": counted,
     }  # fmt: skip
     prompts = intake.prompts_to_sample(taken, kept, store, held, options, window)
-    require_window(options, total, len(prompts))
+    require_window(options, min(options.max_steps or order.steps, order.steps), len(prompts))
     setup = Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, truth, order, lr,
-                  device, manifest, meter)  # fmt: skip
-    manifest["memory"] = memory(setup, options)
+                  device, manifest, meter, texts, training_reward)  # fmt: skip
+    manifest["memory"] = memory(setup, options, task.rolls.k(options) if task.rolls else 0)
     return setup
 
 
@@ -242,16 +286,21 @@ def data_files(options: Training) -> tuple[list[dict[str, Any]], str]:
     return listed, fingerprint([rest for _, *rest in found], options.from_scores)
 
 
-def scorers(options: Training, device: str) -> tuple[Any | None, Any | None]:
-    """The rewards of --eval-reward and --eval-truth, None where not asked for."""
+def reward_specs(options: Training) -> tuple[str | None, str | None, str | None]:
+    """--eval-reward, --eval-truth, --reward."""
+    return options.eval_reward, options.eval_truth, options.reward if isinstance(options, OnPolicy) else None
+
+
+def scorers(options: Training, device: str) -> tuple[Any | None, Any | None, Any | None]:
+    """The rewards of --eval-reward, --eval-truth and --reward, None where not asked for; without the first the last stands for it."""
     found = [scorer(spec, device=device, dtype=options.dtype, offline=options.offline, micro_tokens=options.micro_tokens) if spec else None
-             for spec in (options.eval_reward, options.eval_truth)]  # fmt: skip
-    return found[0], found[1]
+             for spec in reward_specs(options)]  # fmt: skip
+    return found[0] or found[2], found[1], found[2]
 
 
-def reward_print(scoring: Any | None, truth: Any | None) -> str:
-    """What of the rewards a resumed run compares with its beginning: of one its own fingerprint, of two both in one."""
-    found = [by.fingerprint for by in (scoring, truth) if by]
+def reward_print(*rewards: Any | None) -> str:
+    """What of the rewards a resumed run compares with its beginning: of one its own fingerprint, of several all in one."""
+    found = list(dict.fromkeys(by.fingerprint for by in rewards if by))
     return fingerprint(found) if len(found) > 1 else found[0] if found else "none"
 
 
@@ -283,12 +332,43 @@ def require_window(options: Training, total: int, prompts: int) -> None:
                          "from not: --eval-prompts, --holdout or --eval-data")  # fmt: skip
 
 
-def memory(setup: Setup, options: Training) -> dict[str, int] | None:
+def _order(task: Task, options: Training, records: int, *, fresh: bool) -> Order | rollouts.Rounds:
+    """Which records make which step. Raises DataError for none, UsageError for a reference that would never move."""
+    if not records:
+        raise DataError("no training prompt can be used")
+    order = task.rolls.rounds(records, options) if task.rolls else Order(records, options.batch_size, options.epochs, options.seed)
+    total = min(options.max_steps or order.steps, order.steps)
+    if (follows := task.moving(options)) and follows[1] > total:
+        raise UsageError(f"--reference-every {follows[1]}: the run has {total} steps, so its reference would never move")
+    if total < 50 and fresh:
+        say(f"only {total} steps: more epochs or a smaller --batch-size would train further")
+    return order
+
+
+def _probe(model: Any, store: Store, train: np.ndarray, codec: Codec, texts: Callable[[int], Text]) -> tuple[Store, np.ndarray]:
+    """Short samples after a few training prompts, to check on: prompts alone have no log-probs."""
+    chosen = selfcheck.probe(store, train)
+    prompts = [encode_prompt(codec, texts(r)) for r in chosen]
+    samples = sample(model, prompts, ends=[end_ids(codec, texts(r)) for r in chosen], max_tokens=8, seed=0)
+    return from_ids(prompts, [[s.ids for s in row] for row in samples]), np.arange(len(chosen))
+
+
+def _as_rolled(setup: Setup, k: int, max_tokens: int) -> tuple[Store, np.ndarray, Order]:
+    """The longest prompts with answers of full length: what the largest step will hold."""
+    size = np.sort(np.diff(setup.store.start)[setup.store.record_start[setup.train]])[::-1][: setup.order.batch_size]
+    store = from_ids([(0,) * int(n) for n in size], [[(0,) * max_tokens] * k for _ in size])
+    return store, np.arange(len(size)), Order(len(size), len(size), 1, 0)
+
+
+def memory(setup: Setup, options: Training, answers: int = 0) -> dict[str, int] | None:
     """What the run will need, told; None for an architecture whose passes hang on more than shapes. Raises OutOfMemoryError."""
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     prompts = [len(encode_prompt(setup.codec, prompt)) for prompt in setup.prompts]
+    store, train, order = setup.store, setup.train, setup.order
+    if not isinstance(order, Order):
+        store, train, order = _as_rolled(setup, answers, options.sample_tokens)
     try:
-        needs = estimate.foresee(setup.model, setup.frozen, setup.store, setup.train, setup.held, setup.order, total=total,
+        needs = estimate.foresee(setup.model, setup.frozen, store, train, setup.held, order, total=total,
                                  micro_tokens=options.micro_tokens, optimiser=options.optimiser, prompts=prompts,
                                  sample_tokens=options.sample_tokens, samples=options.eval_samples, device=setup.device)  # fmt: skip
     except (RuntimeError, ValueError, TypeError) as error:  # the meta device has no values to branch on
@@ -299,7 +379,7 @@ def memory(setup: Setup, options: Training) -> dict[str, int] | None:
     return needs.numbers()
 
 
-def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | None, dict[str, Any]]:
+def what_trains(model: Any, options: Training, device: str, *, frozen_too: bool) -> tuple[Any, Any | None, dict[str, Any]]:
     """The policy, the frozen reference model where it is another one, and what of the policy trains, for the manifest."""
     kept: list[str] = []
     frozen = None
@@ -307,7 +387,7 @@ def what_trains(model: Any, options: Training, device: str) -> tuple[Any, Any | 
         model = models.add_lora(
             model, rank=options.lora, alpha=options.lora_alpha, targets=options.lora_targets, seed=options.seed
         )
-    elif options.eval_prompts and options.adapter == "merge":
+    elif (options.eval_prompts or frozen_too) and options.adapter == "merge":
         frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
     if options.freeze:
         kept = models.freeze(model, options.freeze)
@@ -389,8 +469,11 @@ def _checkpoint_bytes(state: engine.State) -> int:
 def _train(task: Task, options: Training, folder: Path, setup: Setup, found: checkpoints.Checkpoint | None) -> int:
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
-    state = engine.make_state(setup.model, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
-                              betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser)  # fmt: skip
+    learner = task.rolls.learner(setup, options) if task.rolls else setup.model
+    state = engine.make_state(learner, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
+                              betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser,
+                              factor=lambda name: task.rolls.factor(name, options) if task.rolls else 1.0)  # fmt: skip
+    kept = task.rolls.kept(options) if task.rolls else None
     if follows := task.moving(options):
         state.moving = reference.moving(setup.model, state.masters, alpha=follows[0], every=follows[1])
         say(f"the reference moves every {follows[1]} steps: a second forward pass a step, {size_text(state.moving.nbytes)} more memory")
@@ -414,7 +497,10 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
     def save() -> None:
         numbers = engine.state_numbers(state) | {"metrics_lines": metrics.lines, "samples_lines": samples.lines}
         numbers["needs"] = [step for step in (kept_step(options, state.watch),) if step is not None]
-        checkpoints.save(folder, state.step, engine.state_tensors(state), numbers, keep=options.keep)
+        tensors = engine.state_tensors(state)
+        if kept is not None:
+            numbers, tensors = numbers | {"rollouts": rollouts.numbers(kept)}, tensors | {"rollouts": rollouts.tensors(kept)}
+        checkpoints.save(folder, state.step, tensors, numbers, keep=options.keep)
 
     def evaluate() -> bool:
         line, drawn = _evaluate(options, setup, state.step)
@@ -432,9 +518,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
             evaluate()
             save()
         stop.check(save, task.verb, folder)
-        steps = engine.steps(setup.store, setup.train, setup.order, start=state.step, total=state.step if over() else total,
-                             micro_tokens=options.micro_tokens, columns=setup.columns, share=packs(setup.model),
-                             device=setup.device)  # fmt: skip
+        steps = _steps(task, options, setup, state, kept, found, state.step if over() else total)
         for line in engine.train(state, steps, setup.objective, where=setup.store.where, auto_micro=options.auto_micro):
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
@@ -451,8 +535,27 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
     return _finish(task, options, folder, setup, state, metrics, samples)
 
 
+def _steps(task: Task, options: Training, setup: Setup, state: engine.State, kept: rollouts.Kept | None,
+           found: checkpoints.Checkpoint | None, total: int) -> Iterator[Step]:  # fmt: skip
+    """The steps from here to `total`: of records, or of answers as they are sampled."""
+    if task.rolls is None or kept is None or setup.reward is None or not isinstance(setup.order, rollouts.Rounds):
+        assert isinstance(setup.order, Order)
+        return engine.steps(setup.store, setup.train, setup.order, start=state.step, total=total, micro_tokens=options.micro_tokens,
+                            columns=setup.columns, share=packs(setup.model), device=setup.device)  # fmt: skip
+    assert isinstance(options, OnPolicy)
+    source = rollouts.Source(
+        setup.model, getattr(state.model, "value", None), setup.frozen, setup.codec, setup.store, setup.texts, setup.reward.rollouts,
+        k=task.rolls.k(options), max_tokens=options.sample_tokens, temperature=options.temperature, eos_penalty=options.eos_penalty,
+        seed=options.seed, micro_tokens=options.micro_tokens, device=setup.device)  # fmt: skip
+    if found:
+        rollouts.restore(kept, source, found.state["rollouts"], found.tensors("rollouts"))
+    return rollouts.steps(source, setup.order, kept, task.rolls.make(options), setup.train, start=state.step, total=total)
+
+
 def announce(line: Mapping[str, Any]) -> None:
     """Say what was out of the ordinary in a step."""
+    for alarm in line.get("alarms", ()):
+        say(f"step {line['step']}: {alarm}")
     if "did_not_fit" in line:
         sizes = ", then ".join(map(str, line["did_not_fit"]))
         say(f"step {line['step']}: {sizes} tokens in one pass did not fit: taken in passes of {line['micro_tokens']}, as will be all "
@@ -556,6 +659,7 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         "before": evaluations[0], "after": after, "paired_reward": paired,
         "spikes": [{k: row[k] for k in ("step", "loss", "spike_limit", "spike_records")} for row in metrics.rows()
                    if "spike_records" in row],
+        "round_alarms": [{"step": row["step"], "alarm": text} for row in metrics.rows() for text in row.get("alarms", ())],
         "best_step": min(scored, key=lambda e: e["eval/loss"])["step"] if scored else None,
         "published": {"step": published, "why": publishes(options)},
         "stopped_early": waited if options.patience and state.watch["waited"] >= options.patience else None,

@@ -60,8 +60,8 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     return torch.cat(rows)
 
 
-def head_of(model: Any) -> Callable[[Tensor], Tensor]:
-    """hidden (n, D) -> logits (n, V) as the model itself makes them: its head module, its scale, its soft-cap."""
+def head_of(model: Any, *, temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """hidden (n, D) -> logits (n, V) as the model itself makes them: its head module, its scale, its soft-cap; then over `temperature`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, module = inner.config, inner.get_output_embeddings()
     divide, multiply, cap = (getattr(config, name, None) for name in SCALES)
@@ -72,7 +72,8 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
             logits = logits / divide
         if multiply is not None:
             logits = logits * multiply
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if temperature == 1 else logits / temperature
 
     return head
 
@@ -152,12 +153,19 @@ def _plain_linear(model: Any) -> torch.nn.Linear | None:
     return module if type(module) is torch.nn.Linear and not scaled and not module._forward_hooks else None
 
 
-def token_logps(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
-    """log pi(target | prefix) of every target, (N,) fp32. More than one chunk of logits is recomputed in the backward pass."""
+def token_logps(model: Any, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    """log pi(target | prefix) of every target, (N,) fp32. More than one chunk of logits is recomputed in the backward pass.
+
+    Args:
+        temperature: divides the logits, so that these are the log-probs of what was sampled at it.
+    """
     size, states = _chunk(vocabulary_of(model)), hidden[batch.hidden]
     if linear := _plain_linear(model):
-        return _LinearLogps.apply(states, linear.weight, linear.bias, batch.target, size)
-    head = head_of(model)
+        bias = linear.bias
+        if temperature != 1:  # of a linear map the logits are divided before they are made
+            states, bias = states / temperature, None if bias is None else bias / temperature
+        return _LinearLogps.apply(states, linear.weight, bias, batch.target, size)
+    head = head_of(model, temperature=temperature)
     if len(states) <= size:
         return _logps(head, states, batch.target)
     parts = []

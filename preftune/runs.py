@@ -209,7 +209,7 @@ def _drafted(path: Path) -> tuple[dict[str, Any] | None, dict[int, tuple[int, in
 # Options that no number depends on: they are obeyed on --resume and written down.
 FREE = ("keep", "save_every", "report", "offline", "track")
 # Options that only say where something lies or how it is found: what is there is compared instead.
-BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_reward", "eval_truth", "threads", "device")
+BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_reward", "eval_truth", "reward", "threads", "device")
 # Options that no resumed run can change, and why.
 FIXED = dict.fromkeys(("lora", "lora_targets", "adapter", "freeze"), "the checkpoints hold other weights")
 FIXED |= dict.fromkeys(("seed", "holdout"), "prompts that were trained on would be held out")

@@ -292,7 +292,7 @@ def _kept(records: Iterable[Record], codec: Codec, max_length: int | None, intak
         if isinstance(result, DataError):
             intake.drop(kind_of(result), result)
             continue
-        intake.lengths.append(len(result.prompt) + max(map(len, result.responses)))
+        intake.lengths.append(len(result.prompt) + max(map(len, result.responses), default=0))
         if reason := too_long(record, result, max_length):
             path, _, line = record.where.rpartition(":")
             found = f"{intake.lengths[-1]} tokens; the limit is {max_length}"
@@ -321,16 +321,18 @@ def _with_others(kept: Iterable[tuple[Record, Encoded]]) -> Iterator[tuple[Recor
         yield (*first, [*(e for _, e in window), *head][: min(count, 32) - 1])
 
 
-def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Store:
-    """A store of rollouts: token ids as they were sampled, never re-tokenised text. One record a prompt, without judgements.
+def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
+             said: Sequence[Record] | None = None) -> Store:  # fmt: skip
+    """A store of rollouts: token ids as they were sampled, never re-tokenised text. One record a prompt.
 
     Args:
         prompts: per record its ids. responses: per record, per sample, its ids (none empty).
+        said: per record what was said of its responses (their texts are not read). Default: nothing.
     """
     columns = _Columns()
-    for prompt, answers in zip(prompts, responses, strict=True):
+    for prompt, answers, record in zip(prompts, responses, said or [Record("", ())] * len(prompts), strict=True):
         root = columns.prompt(prompt)
         for i, ids in enumerate(answers):
             columns.segment(ids, (True,) * len(ids), root, i)
-        columns.close(Record("", ()), root)
+        columns.close(record, root)
     return columns.freeze()

@@ -283,5 +283,5 @@ def test_env_works_with_a_broken_torch(fault, tmp_path):
 
 def test_the_verbs_with_losses_list_them():
     found = [name for name, verb in VERBS.items() if any(spec.kind == "numbers" for spec in specs(verb.options))]
-    assert {"dpo", "evaluate"} <= set(found)
+    assert {"dpo", "online", "evaluate"} <= set(found)
     assert all(f"preftune {name} --help-losses every loss" in verb_help(name) for name in found)

@@ -28,7 +28,9 @@ from preftune.config import (
     Env,
     Evaluate,
     Logprobs,
+    OnlineDpo,
     Pair,
+    Ppo,
     Rate,
     Report,
     Sample,
@@ -59,6 +61,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+ROLL = "--model model --data pairs.jsonl --output out --reward lexicon:pairs.jsonl"
 DPO = ["--model", "model", "--data", "pairs.jsonl", "--output", "out"]
 
 
@@ -293,6 +296,25 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Report, "", "--run must be given"),
     (Report, "a b", "--run is given twice"),
     (Sft, "--model model --data pairs.jsonl --output out --from-scores all", "--from-scores has no effect without --preferred"),
+    (Ppo, "--model model --data pairs.jsonl --output out", "--reward must be given"),
+    (Ppo, f"{ROLL} --finish never", "--finish has no effect: of the data only prompts are read"),
+    (Ppo, f"{ROLL} --patience 2", "--patience has no held-out loss to go by"),
+    (Ppo, f"{ROLL} --publish best", "--publish best has no held-out loss"),
+    (Ppo, f"{ROLL} --batch-size 8 --rollout-prompts 4", "--rollout-prompts must be at least --batch-size"),
+    (Ppo, f"{ROLL} --advantage rloo --k 1", "--k must be at least 2: --advantage rloo"),
+    (Ppo, f"{ROLL} --advantage rloo --no-whiten", "--whiten has no effect"),
+    *((Ppo, f"{ROLL} --advantage rloo --{flag} {value}", f"--{flag} has no effect: there is a value model with --advantage gae only")
+      for flag, value in (("discount", 0.9), ("lam", 1), ("value", "copy"), ("value-weight", 1), ("value-lr", 1), ("clip-value", 1))),
+    (Ppo, f"{ROLL} --kl-horizon 100", "--kl-horizon has no effect without --kl-target"),
+    (Ppo, f"{ROLL} --beta 0 --kl-target 2", "--kl-target has nothing to steer"),
+    (Ppo, f"{ROLL} --advantage group --kl-target 2", "--kl-target steers the KL in the reward: give --kl reward"),
+    (Ppo, f"{ROLL} --beta 0 --kl k3", "--kl has no effect: --beta is 0"),
+    (Ppo, f"{ROLL} --temperature 0", "--temperature must be a number above 0"),
+    (Ppo, f"{ROLL} --kl-coef 0.1", "did you mean '--beta'?"),
+    (OnlineDpo, f"{ROLL} --from-scores all", "--from-scores has no effect: of the data only prompts are read"),
+    (OnlineDpo, f"{ROLL} --k 1", "--k must be at least 2: pairs are made"),
+    (OnlineDpo, f"{ROLL} --loss simpo --reference-update hard", "reads no reference"),
+    (OnlineDpo, f"{ROLL} --reference-every 9", "--reference-every has no effect without"),
     (DataCheck, "", "--data must be given"),
     (DataCheck, "pairs.jsonl --eval-data pairs.jsonl", "--eval-data names a file of --data"),
     (DataCheck, "pairs.jsonl --max-length 9", "--max-length has no effect without --model"),
@@ -588,7 +610,7 @@ def test_every_option_is_documented_and_its_default_passes(cls):
         assert len(field.metadata["help"]) > 4 and field.metadata["group"] in GROUPS, field.name
         assert not field.metadata["help"].endswith(".")
     assert len({spec.flag for spec in specs(cls)}) == len(dataclasses.fields(cls)) == len(specs(cls))
-    assert cls.EXAMPLE.startswith(f"preftune {' '.join(re.findall('[A-Z][a-z]+', cls.__name__)).lower()}")
+    assert cls.EXAMPLE.startswith(f"preftune {next(name for name, verb in VERBS.items() if verb.options is cls)}")
     assert cls.__doc__ and not cls.__doc__.startswith(cls.__name__ + "(")
 
 

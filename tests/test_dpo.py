@@ -28,7 +28,7 @@ from preftune.config import Dpo
 from preftune.errors import DataError, ModelError, NumericsError, PreftuneError, UsageError
 from preftune.stages import dpo
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "rollout/seconds", "rollout/tokens_per_second"}
 
 
 pytestmark = pytest.mark.usefixtures("private_cache")

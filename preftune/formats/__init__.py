@@ -76,20 +76,47 @@ def _located(error: DataError, path: Path, line: int, number: int) -> DataError:
     return type(error)("\n".join([what, *more]), path=path, line=line, field=error.field)
 
 
-def _parsed(path: Path, name: str) -> Iterator[tuple[str, tuple[Record, ...] | DataError | None]]:
-    """(layout, the records of a row, or the fault in their place, or None for a blank line) of one file."""
+def _parsed(path: Path, name: str, *, prompts: bool = False) -> Iterator[tuple[str, tuple[Record, ...] | DataError | None]]:
+    """(layout, the records of a row, or the fault in their place, or None for a blank line) of one file.
+
+    `prompts`: lines of text are prompts, and so are rows that hold nothing else; they become records without responses.
+    """
+    if prompts and plain_name(path.name).endswith(".txt"):
+        yield from _prompt_lines(path)
+        return
     first = frozenset[str]()
     for line, number, value in rows(path):
         item: tuple[Record, ...] | DataError | None = None
         try:
             if isinstance(value, DataError):
                 raise value
-            if value is not BLANK:
+            if prompts and _only_prompt(value):
+                require_text(value)
+                item = (Record(parse_prompt(value["prompt"], "prompt"), (), where=f"{path}:{line}"),)
+            elif value is not BLANK:
                 found, name, first = parse_row(value, name, first)
                 item = tuple(replace(record, where=f"{path}:{line}") for record in found)
         except DataError as error:
             item = _located(error, path, line, number)
         yield name, item
+
+
+def _only_prompt(row: object) -> bool:
+    return isinstance(row, dict) and "prompt" in row and set(row) <= {"prompt", "id", "meta"}
+
+
+def _prompt_lines(path: Path) -> Iterator[tuple[str, tuple[Record, ...] | DataError | None]]:
+    """What `_parsed` gives, of a .txt file of prompts."""
+    for number, text in plain_lines(path):
+        item: tuple[Record, ...] | DataError | None = None
+        try:
+            if isinstance(text, DataError):
+                raise text
+            require_text({"prompt": text})
+            item = (Record(text, (), where=f"{path}:{number}"),) if text.strip() else None
+        except DataError as error:
+            item = _located(error, path, number, 0)
+        yield "prompts", item
 
 
 def reason(error: DataError) -> str:
@@ -120,14 +147,18 @@ def _sources(paths: Sequence[object]) -> list[tuple[Path, float]]:
 
 
 def stream(paths: Sequence[object], tally: Tally, *, format: str = "auto", skip_bad: bool = False, max_records: int | None = None,
-           from_scores: str | None = None) -> Iterator[Record]:  # fmt: skip
-    """The records of preference files, one at a time; what else was met stands in `tally`. Arguments and faults are those of `read`."""
+           from_scores: str | None = None, prompts: bool = False) -> Iterator[Record]:  # fmt: skip
+    """The records of preference files, one at a time; what else was met stands in `tally`. Arguments and faults are those of `read`.
+
+    Args:
+        prompts: take also .txt files, a prompt a line, and rows with a prompt and nothing else: records without responses.
+    """
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"--format: unknown layout {format!r}{nearest(format, FORMATS)}; known are auto, {', '.join(FORMATS)}")
     counts = tally.counts
     for path, weight in _sources(paths):
         before = counts["rows"]
-        for layout, item in _parsed(path, format) if counts["records"] != max_records else ():
+        for layout, item in _parsed(path, format, prompts=prompts) if counts["records"] != max_records else ():
             if isinstance(item, DataError) and not (skip_bad or isinstance(item, EmptyText)):
                 raise item
             room = None if max_records is None else max_records - counts["records"]
@@ -197,7 +228,7 @@ def read_prompts(paths: Sequence[object], *, max_records: int | None = None) -> 
                     raise row
                 if row is BLANK:
                     continue
-                if isinstance(row, dict) and set(row) <= {"prompt", "id", "meta"} and "prompt" in row:
+                if isinstance(row, dict) and _only_prompt(row):
                     require_text(row)
                     prompts.append(parse_prompt(row["prompt"], "prompt"))
                 else:

@@ -235,9 +235,12 @@ def flat(table: Any, name: str = "") -> list[tuple[str, str]]:
     return rows[:MOST_ROWS]
 
 
+STAGE_OPTIONS = {"online": "OnlineDpo"}  # where the class of a verb's options is not called like the verb
+
+
 def settings(options: Row, stage: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """(name, value, meaning) of the options that differ from their defaults, and of those that do not."""
-    known = vars(config).get(stage.capitalize())
+    known = vars(config).get(STAGE_OPTIONS.get(stage, stage.capitalize()))
     specs = (
         {spec.key: spec for spec in config.specs(known)} if isinstance(known, type) and issubclass(known, config.Options) else {}
     )
