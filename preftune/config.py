@@ -358,7 +358,7 @@ class Pair(Online):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Computing):
+class Compare(Computing, Asking):
     """Two models on the same prompts: which answers better, how sure that is, and every answer side by side."""
 
     EXAMPLE = "preftune compare runs/first MODEL --prompts prompts.txt --output compared"
@@ -367,6 +367,10 @@ class Compare(Computing):
     answers: list[str] = option([], "two files of answers instead of models: JSON rows with instruction, output, generator", shows="FILE", reads="data")
     votes: list[str] = option([], "people or judges decide: records that compare answers of the two models, as 'chat --votes' and 'score --judge' write them", shows="FILE", reads="data")
     reward: str | None = option(None, "a reward decides: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", pattern=REWARD)
+    judge: str | None = option(None, "a model behind an endpoint decides, asked in both orders: a tie where the order changes the verdict. Needs --output", shows="endpoint:URL#NAME", reads="endpoint", pattern=ENDPOINT)
+    question: str | None = option(None, "text file: what the judge is asked to look for. Default: helpful, correct, clear", group="endpoint", shows="FILE.txt", reads="data")
+    judge_tokens: int = option(512, "longest answer of a judge in tokens", group="endpoint", low=1)
+    skip_bad: bool = option(False, "do without the comparisons that the judge gives no verdict on", group="endpoint")
     margin: float = option(0.0, "rewards closer than this are a tie", low=0)
     k: int = option(1, "answers per prompt and model, compared one by one", low=1)
     sample_tokens: int | None = option(None, "longest answer in tokens. Default: what run A sampled with, else 256", low=1)
@@ -941,6 +945,9 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Compare,), "answers", lambda o: bool(o.model), "stands in the place of two models: give the one or the other"),
     ((Compare,), "votes", lambda o: len(o.model) != 2, "needs the two models' names, as the votes have them"),
     ((Compare,), "votes", lambda o: o.reward is not None, "decides, and so would --reward: give one of them"),
+    ((Compare,), "judge", lambda o: o.reward is not None or bool(o.votes), "decides, and so would --reward or --votes: give one of them"),
+    ((Compare,), "judge", lambda o: o.output is None, "needs --output FOLDER: verdicts are kept as they come"),
+    *(((Compare,), name, lambda o: o.judge is None, "has no effect without --judge") for name in ("question", "judge_tokens", "skip_bad", "concurrency", "retries", "timeout", "key_variable", "price_in", "price_out")),
     ((Compare,), "margin", lambda o: o.reward is None, "has no effect without --reward"),
     ((Compare,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
     *(((Compare,), name, lambda o: bool(o.answers or o.votes), "has no effect: nothing is sampled") for name in ("k", "sample_tokens", "temperature", "dry_run")),

@@ -9,11 +9,12 @@ import make
 import numpy as np
 import pytest
 from scipy import stats
+from test_endpoints import Server, answer
 from test_report import Page
 
 from preftune import certainty
 from preftune.config import Compare, Dpo
-from preftune.errors import DataError, UsageError
+from preftune.errors import DataError, EndpointError, UsageError
 from preftune.formats import read
 from preftune.records import Response, pairs
 from preftune.report.evaluated import MOST_SHOWN, comparison_page
@@ -265,6 +266,39 @@ def test_what_a_ranking_leaves_open_is_not_counted(tmp_path):
              {"prompt": "q", "responses": texts, "judgements": [{"order": [[1], [2]], "below": [0]}]}]  # fmt: skip
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     assert [(d.prompt, d.wins) for d in compare.from_votes([str(tmp_path / "v.jsonl")], ["A", "B"])] == [("q", 0)]
+
+
+def test_a_judge_is_asked_in_both_orders_and_never_twice(place, tmp_path, monkeypatch, capsys):
+    """A judge that likes the longer answer, and one that likes the first: who wins follows the one; the other ties everything."""
+    table = [[{"instruction": f"q{i}", "output": "x" * n, "generator": g} for i, n in enumerate(sizes)]
+             for g, sizes in (("A", (9, 9, 1, 4)), ("B", (1, 2, 8, 4)))]  # fmt: skip
+    for name, rows in zip("ab", table, strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    given = {"answers": [str(tmp_path / "a.json"), str(tmp_path / "b.json")], "output": str(tmp_path / "out"), "retries": 0}
+    server = Server()
+    try:
+        texts = {f"{'x' * n}": n for n in (1, 2, 8, 9)}
+
+        def longer(number, request):
+            said = request["messages"][0]["content"]
+            first, second = re.findall(r"^(x+)$", said, re.MULTILINE)
+            return answer(f"VERDICT: {'A' if texts[first] > texts[second] else 'B'}", chat=True)
+
+        server.say = lambda number, request: (500, {}, b"") if number == 3 else longer(number, request)
+        with pytest.raises(EndpointError, match="1 of 6 answers are missing"):
+            compare.compared(Compare(judge=server.spec, **given))
+        server.say, before = longer, len(server.seen)
+        found = compare.compared(Compare(judge=server.spec, **given))
+        assert len(server.seen) == before + 1, "only the missing one is asked for"
+        assert (found["wins"], found["losses"], found["ties"], found["identical"]) == (2, 1, 1, 1)
+        assert compare.compared(Compare(judge=server.spec, **given)) == found and len(server.seen) == before + 1
+        rows = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
+        assert [(row["comparison"], row["turned"], row["verdict"]) for row in rows][:2] == [(0, False, "A"), (0, True, "B")]
+        server.say = lambda number, request: answer("VERDICT: A", chat=True)
+        assert compare.compared(Compare(judge=server.spec, **given | {"output": str(tmp_path / "first")}))["ties"] == 4
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------------------

@@ -265,6 +265,11 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Compare, "model --answers pairs.jsonl other.jsonl", "--answers stands in the place of two models"),
     (Compare, "model --votes other.jsonl", "--votes needs the two models' names"),
     (Compare, "model gpt2 --votes other.jsonl --reward lexicon:a", "--votes decides, and so would --reward"),
+    (Compare, "model gpt2 --judge endpoint:http://localhost/v1#j --reward lexicon:a --output x", "--judge decides, and so would --reward"),
+    (Compare, "model gpt2 --judge endpoint:http://localhost/v1#j", "--judge needs --output FOLDER"),
+    *((Compare, f"model gpt2 {words}", f"{words.split()[0]} has no effect without --judge") for words in (
+        "--question pairs.jsonl", "--judge-tokens 9", "--skip-bad", "--concurrency 2", "--retries 1", "--timeout 1", "--key-variable KEY",
+        "--price-in 1", "--price-out 1")),
     (Compare, "model gpt2 --prompts pairs.jsonl --margin 1", "--margin has no effect without --reward"),
     (Compare, "model gpt2 --prompts pairs.jsonl --temperature 0 --k 2", "--k makes equal samples"),
     (Compare, "model gpt2 --prompts pairs.jsonl --temperature 0 --top-p 0.5", "--top-p has no effect"),

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import certainty, models, report, runs
+from .. import certainty, endpoints, judges, models, report, runs
 from ..config import Compare, resolved_yaml
 from ..errors import DataError, UsageError
 from ..evaluate import speak
-from ..files import atomic_write, fingerprint, new_folder, read_json, sha256_file, write_json
+from ..files import atomic_write, fingerprint, new_folder, read_json, read_jsonl, sha256_file, write_json
 from ..formats import FORBIDDEN, read, read_prompts, to_json
 from ..formats.layouts import parse_prompt
 from ..formats.sources import BLANK, rows
-from ..records import Judgement, Record, Response, Text, as_text, prompt_key
+from ..records import Judgement, Message, Record, Response, Text, as_text, prompt_key
 from ..report.evaluated import comparison_page
 from ..rewards import scorer
 from ..screen import bar, clean, say
@@ -33,6 +33,9 @@ from ..tokens import encode_prompt, make_codec
 
 TOKENS = 256  # of an answer, where nothing says otherwise
 CHUNK = 64  # prompts between two moments at which finished answers are on the disk
+# What may differ where a stopped comparison goes on: no number depends on it.
+FREE = ("output", "device", "threads", "batch_size", "concurrency", "retries", "timeout", "key_variable", "price_in", "price_out",
+        "skip_bad")  # fmt: skip
 FEW = 10  # prompts below which nothing is called better
 DIFFERENT = 0.05  # a win rate that moves by more at equal length is worth a sentence
 
@@ -95,8 +98,9 @@ def sampled(options: Compare, folder: Path | None) -> list[Duel]:
     prompts = _prompts(options)
     if options.dry_run:
         count = 2 * options.k * len(prompts)
+        by = clean(options.reward or options.judge or "nobody")
         say(f"{len(prompts):,} prompts, {count:,} answers of at most {options.sample_tokens} tokens "
-            f"({count * int(options.sample_tokens or 0):,} at most); decided by {clean(options.reward or 'nobody')}; nothing was done")
+            f"({count * int(options.sample_tokens or 0):,} at most); decided by {by}; nothing was done")  # fmt: skip
         return []
     one = _answers(options.model[0], prompts, options, folder and folder / "a.json")
     two = _answers(options.model[1], prompts, options, folder and folder / "b.json")
@@ -238,6 +242,39 @@ def decided(duels: Sequence[Duel], options: Compare) -> list[Duel]:
     return out
 
 
+def verdicts(duels: Sequence[Duel], options: Compare, folder: Path) -> list[Duel]:
+    """What a judge says of each comparison in both orders: a tie where the order changes the verdict, or both answers are one text.
+
+    Every verdict is kept in verdicts.jsonl as it comes; what is there is not asked again. One that is missing for good (--skip-bad) leaves
+    the comparison out. Raises EndpointError where verdicts are missing.
+    """
+    question = Path(options.question).read_text(encoding="utf-8").strip() if options.question else ""
+    sides = [(as_text(d.a.text), as_text(d.b.text)) for d in duels]
+    differ = [n for n, (a, b) in enumerate(sides) if a != b]
+    path, asked = folder / "verdicts.jsonl", 2 * len(differ)
+    if not path.is_file():
+        endpoint, jobs = endpoints.connect(str(options.judge), options), {}
+        for i, n in enumerate(differ):
+            for turned, (left, right) in enumerate((sides[n], sides[n][::-1])):
+                text = judges.comparison(as_text(duels[n].prompt), left, right, question=question)
+                number = 2 * i + turned
+                jobs[number] = endpoints.body(endpoint, (Message("user", text),), temperature=0.0, top_p=1.0,
+                                              max_tokens=options.judge_tokens, seed=endpoints.seed_of(0, number))  # fmt: skip
+        with runs.draft(path, {"jobs": fingerprint(jobs)}) as found:
+            endpoints.gather(endpoint, jobs, lambda answer: judges.read_verdict(answer.text), found, "judging",
+                             leave_out=options.skip_bad)  # fmt: skip
+            found.publish(lambda: ({"comparison": differ[i // 2], "turned": bool(i % 2), "verdict": found.item(i)} for i in range(asked)))
+    said = [row["verdict"] for row in read_jsonl(path)]
+    wins = {"first": 1.0, "second": 0.0, "tie": 0.5}
+    out = {n: None if None in pair else wins[judges.both_orders(*pair)]
+           for n, pair in zip(differ, zip(said[::2], said[1::2], strict=True), strict=True)}  # fmt: skip
+    if missing := sum(x is None for x in out.values()):
+        say(f"left out {missing} comparisons: without both verdicts")
+    if duels and missing == len(duels):
+        raise DataError("no comparison has both verdicts", path=path)
+    return [replace(d, wins=out.get(n, 0.5)) for n, d in enumerate(duels) if out.get(n, 0.5) is not None]
+
+
 def results(duels: Sequence[Duel], names: Sequence[str], by: str | None, *, seed: int) -> dict[str, Any]:
     """Everything that is said of A against B: win rate with intervals, tests, rate at equal length, rewards, lengths, a sentence."""
     _, cluster = np.unique([prompt_key(Record(d.prompt, ())) for d in duels], return_inverse=True)
@@ -250,7 +287,7 @@ def results(duels: Sequence[Duel], names: Sequence[str], by: str | None, *, seed
     facts["length_difference"], facts["length_low"], facts["length_high"] = certainty.interval_of(gap, cluster)
     wins = np.array([np.nan if d.wins is None else d.wins for d in duels], float)
     if np.isnan(wins).all():
-        return facts | {"wins": None, "sentence": "nobody decided: give --reward, or --votes"}
+        return facts | {"wins": None, "sentence": "nobody decided: give --reward, --judge or --votes"}
     facts |= _rate(wins, cluster, gap, seed)
     scores = np.array([[np.nan if r.score is None else r.score for r in (d.a, d.b)] for d in duels])
     if not np.isnan(scores).any():
@@ -335,8 +372,9 @@ def compared(options: Compare) -> dict[str, Any]:
         duels = sampled(options, folder)
     if options.dry_run:
         return {"dry_run": True}
-    duels = [replace(d, a=_named(d.a, names[0]), b=_named(d.b, names[1])) for d in decided(duels, options)]
-    by = options.reward or ("votes" if options.votes else None)
+    duels = verdicts(duels, options, folder) if options.judge and folder else decided(duels, options)
+    duels = [replace(d, a=_named(d.a, names[0]), b=_named(d.b, names[1])) for d in duels]
+    by = options.reward or options.judge or ("votes" if options.votes else None)
     facts = results(duels, names, by, seed=options.seed)
     facts |= {"seed": options.seed, "command": runs.command("compare", options), "versions": runs.versions(),
               "sampling": None if options.answers or options.votes else {"temperature": options.temperature, "top_p": options.top_p,
@@ -360,8 +398,8 @@ def _named(response: Response, name: str) -> Response:
 
 def _folder(options: Compare) -> Path:
     """The output folder: new, or that of the same command, which then goes on. Raises UsageError for any other."""
-    folder, text = Path(str(options.output)), resolved_yaml(replace(options, output=None, device="auto", threads=None, batch_size=64))
-    files = (*options.prompts, *options.answers, *options.votes)
+    folder, text = Path(str(options.output)), resolved_yaml(replace(options, **{n: getattr(Compare(), n) for n in FREE}))
+    files = (*options.prompts, *options.answers, *options.votes, *([options.question] if options.question else []))
     made = {"options": fingerprint(text), "files": {name: sha256_file(name) for name in files}}
     if (folder / "made-from.json").is_file():
         if read_json(folder / "made-from.json") != made:
