@@ -107,6 +107,7 @@ COURSES = {  # name: reward, KL per token, why, the evaluations at which it may 
     "flat above the limit": (lambda t: min(t, 4), lambda t: 0.08 * (t > 0), "limit", range(9, 11)),
     "flat above, coming back": (lambda t: 0.0, lambda t: 0.3 - 0.02 * t, "", None),
     "moves for nothing": (lambda t: 0.0, lambda t: 0.004 * t, "drift", range(6, 8)),
+    "flat, KL coming down": (lambda t: 0.0, lambda t: 0.048 - 0.004 * t, "", None),
     "learns far above the limit": (lambda t: 0.2 * t, lambda t: 0.2 + 0.01 * t, "", None),
 }
 
@@ -163,7 +164,8 @@ def rows_of(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 RNG = np.random.default_rng(5)
 NOISE, RISE = RNG.normal(size=(6, 64)), np.linspace(0, 1, 6)[:, None]
 PLANTED = {  # alarm -> (a course on which it fires, one on which it does not)
-    "over_optimisation": ({"reward": 2 * RISE + NOISE, "truth": -2 * RISE - NOISE}, {"reward": 2 * RISE + NOISE, "truth": RISE - NOISE}),
+    "over_optimisation": ({"reward": 2 * RISE + NOISE, "truth": -2 * RISE - NOISE},
+                          {"reward": -2 * RISE + NOISE, "truth": -2 * RISE - NOISE}),
     "constant": ({"reward": np.ones((6, 64))}, {"reward": np.ones((6, 64)) + (NOISE > 2)}),
     "saturation": ({"reward": 1.0 * (NOISE < 3 * RISE)}, {"reward": 1.0 * (NOISE < RISE)}),
     "length": ({"tokens": 10 + 6 * RISE + NOISE, "reward": 10 + 6 * RISE + NOISE},
