@@ -127,7 +127,8 @@ def healthy(folder: Path, language: str, seed: int) -> tuple[dict, list[dict], f
     dpo.run(Dpo(model=str(base), data=[str(folder / "pairs.jsonl")], eval_data=[str(folder / "held.jsonl")], output=str(run),
                 loss=recipe.loss, beta=recipe.beta, lr=recipe.rate, batch_size=recipe.batch, seed=seed,
                 eval_reward=f"python:{folder / 'rules.py'}:proxy", eval_truth=f"python:{folder / 'rules.py'}:judge",
-                eval_prompts=len(held), sample_tokens=40, threads=1, offline=True, report=False, eval_every=4, save_every=1000))  # fmt: skip
+                eval_prompts=len(held), sample_tokens=40, threads=1, offline=True, report=False, eval_every=4,
+                save_every=1000))  # fmt: skip
     return read_json(run / "results.json"), read_jsonl(run / "samples.jsonl"), time.perf_counter() - began
 
 
@@ -154,7 +155,8 @@ def runs(count: int = 10) -> list[str]:
             for seed in range(count):
                 results, samples, spent = healthy(folder, language, seed)
                 found, before, after = results["alarms"], results["before"], results["after"]
-                told, entropy, share = [n for n, a in found.items() if a["alarm"]], found["entropy"]["ratio"], found["length"].get("share", np.nan)
+                told = [n for n, a in found.items() if a["alarm"]]
+                entropy, share = found["entropy"]["ratio"], found["length"].get("share", np.nan)
                 alarmed += [told]
                 seconds += [spent]
                 step, why, here, there = replayed(samples, 6, 48)
