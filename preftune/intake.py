@@ -33,7 +33,7 @@ from .store import Intake, Store, build, unfit
 from .tokens import Codec
 
 SPOOL = 1 << 20  # bytes of text that stay in memory before the shelf becomes a file
-SOURCE = ("weights", "temperature", "top_p", "scores")  # what training reads of where a response came from
+SOURCE = ("weights", "temperature", "top_p", "kept", "scores")  # what training reads of where a response came from
 
 
 @dataclass

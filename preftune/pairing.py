@@ -113,7 +113,7 @@ def acceptance(scores: np.ndarray, *, beta: float, ceiling: float) -> float:
 
 def exactness(source: Mapping[str, Any] | None) -> str:
     """Why a response cannot stand for an exact draw of the model that wrote it, or ''."""
-    if source is None or not source.get("weights"):
+    if source is None or not isinstance(source.get("weights"), str):
         return "no source.weights says which weights wrote it"
     if source.get("kept"):
         return "it was selected by its score already"

@@ -152,10 +152,11 @@ def scores_of(response: Response) -> tuple[float, ...]:
 
 
 def draw_of(response: Response) -> str | None:
-    """The weights that a response is an exact sample of: temperature 1, nothing cut. None where its source does not say so."""
+    """The weights that a response is an exact sample of: temperature 1, nothing cut, not chosen by its score (`kept`). None where its
+    source does not say so."""
     source = response.source or NOTHING
     exact = source.get("temperature") == 1 and source.get("top_p") == 1 and isinstance(source.get("weights"), str)
-    return source["weights"] if exact else None
+    return source["weights"] if exact and not source.get("kept") else None
 
 
 def judge_by_scores(record: Record, how: str) -> Record:

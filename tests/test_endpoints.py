@@ -400,5 +400,6 @@ def test_a_judge_may_grade_and_stand_beside_a_rule(answers, server, tmp_path):
     judge = server.spec.replace("endpoint:", "judge:")
     score.run(Score(data=[str(answers)], reward=[judge, f"python:{tmp_path}/rule.py:f"], combine="sum", output=str(tmp_path / "s.jsonl")))
     row = lines(tmp_path / "s.jsonl")[0]
-    assert [r["score"] for r in row["responses"]] == [10, 3, 3] and row["meta"]["scored"]["each"] == [[9, 2, 2], [1, 1, 1]]
+    assert [r["score"] for r in row["responses"]] == [10, 3, 3]
+    assert [r["source"]["scores"] for r in row["responses"]] == [[9, 1], [2, 1], [2, 1]]
     assert len(server.seen) == 9

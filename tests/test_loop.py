@@ -25,7 +25,7 @@ from preftune.errors import CheckpointError, DataError, DiskError, UsageError
 from preftune.exact import B4
 from preftune.files import write_json
 from preftune.formats import read
-from preftune.records import as_text
+from preftune.records import as_text, draw_of, scores_of
 from preftune.rewards import scorer
 from preftune.stages import dpo, pair, sample, score
 
@@ -255,10 +255,12 @@ def test_several_rewards_become_one_as_said(answers, length, tmp_path):
     with pytest.raises(UsageError, match="--combine mean or sum"):
         score.run(Score(data=[str(answers)], reward=[length, other], output=str(tmp_path / "o")))
     for how, wanted in (("sum", 2), ("mean", 1)):
-        score.run(Score(data=[str(answers)], reward=[length, other], combine=how, output=str(tmp_path / how)))
-        row = lines(tmp_path / how)[2]
+        score.run(Score(data=[str(answers)], reward=[length, other], combine=how, output=str(tmp_path / f"{how}.jsonl")))
+        row = lines(tmp_path / f"{how}.jsonl")[2]
         assert [r["score"] for r in row["responses"]] == [wanted, wanted], "each text holds an x"
-        assert row["meta"]["scored"]["each"] == [[3, 3], [-1, -1]] and row["meta"]["scored"]["combine"] == how
+        assert [r["source"]["scores"] for r in row["responses"]] == [[3, -1]] * 2 and row["meta"]["scored"]["combine"] == how
+    score.run(Score(data=[str(tmp_path / "sum.jsonl")], reward=[length], output=str(tmp_path / "one.jsonl"), replace=True))
+    assert all("source" not in r for row in lines(tmp_path / "one.jsonl") for r in row["responses"]), "what others said is gone"
 
 
 def test_scores_are_replaced_only_where_asked(scored, length, tmp_path):
@@ -288,6 +290,7 @@ def told(row: dict) -> list[tuple]:
 def test_best_worst_by_hand(scored, tmp_path, capsys):
     rows = made(scored, tmp_path)
     assert [told(row) for row in rows] == [[((" bbb",), (" a",))], [((" seventeen",), (" one",))]]
+    assert all(r["source"]["kept"] == {"how": "best-worst"} for row in rows for r in row["responses"]), "two of three are no plain samples"
     said = capsys.readouterr().err
     assert "2 pairs of 4 prompts" in said and "left out 1: prompts: no two scores differ" in said
     assert "left out 1: responses: equal to another of the prompt\n" in said and "but for case, space and punctuation" in said
@@ -357,6 +360,8 @@ def test_rejection_through_the_verb_is_pi_star(tmp_path, capsys):
     got = np.bincount([int(r["text"][2]) for row in rows for r in row["responses"]], minlength=4)
     assert stats.chisquare(got, exact.optimum(B4, beta=1.0) * got.sum()).pvalue > 1e-3
     assert float(said.split("acceptance rate ")[1].split()[0]) == pytest.approx(0.309124, abs=0.01) and "warning" not in said
+    assert read([draws(tmp_path)]).records[0].responses[0].source["weights"] == draw_of(read([draws(tmp_path)]).records[0].responses[0])
+    assert draw_of(read([tmp_path / "made.jsonl"]).records[0].responses[0]) is None, "the optimum's draws, not the reference's"
     assert rows[0]["responses"][0]["source"]["kept"] == {"how": "rejection", "beta": 1.0, "r_max": 2.0, "of": 80}
     assert "judgements" not in rows[0]
 
@@ -439,7 +444,7 @@ def test_rankings_scores_and_unpaired_labels_run_without_conversion(place, loss,
 
 
 def test_an_ensemble_scores_and_its_disagreement_asks(answers, tmp_path):
-    """Members' scores stand in meta.scored.each, centred by prompt; `score` is what the scorer itself says; --ask-by reads them."""
+    """Members' scores stand in source.scores, centred by prompt; `score` is what the scorer itself says; --ask-by reads them."""
     for seed in (1, 2):
         write_reward(tmp_path / "both" / f"m{seed}", seed)
     spec = f"model:{tmp_path / 'both'}@lower"
@@ -450,7 +455,7 @@ def test_an_ensemble_scores_and_its_disagreement_asks(answers, tmp_path):
     for record in rows:
         prompts = [record.prompt] * len(record.responses)
         assert [r.score for r in record.responses] == pytest.approx(found(prompts, record.responses).tolist(), abs=1e-5)
-        each = np.array(record.meta["scored"]["each"])
+        each = np.array([scores_of(r) for r in record.responses]).T
         assert each.shape == (2, len(prompts)) and each.mean(1) == pytest.approx(each.mean(), abs=1e-5), "one level for both members"
     asked = made(out, tmp_path, ask=9, ask_by="disagreement")
     doubts = [row["meta"]["paired"]["doubt"] for row in asked]

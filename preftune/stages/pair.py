@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..config import Pair
 from ..errors import DataError, UsageError
 from ..files import dumps, publish_file
 from ..formats import read, to_json
-from ..records import Judgement, Record, Response
+from ..records import Judgement, Record, Response, scores_of
 from ..screen import clean, say
 
 JUDGED = ("best-worst", "best-random", "all", "ranking")
@@ -84,9 +85,15 @@ def _distinct(record: Record, count: Counter[str]) -> tuple[list[int], np.ndarra
     return [found[i] for i in first], scores[first]
 
 
-def _only(record: Record, numbers: list[int]) -> tuple[tuple[Response, ...], dict[int, int]]:
-    """The responses of these numbers, and where each of them is now."""
-    return tuple(record.responses[i] for i in numbers), {i: at for at, i in enumerate(numbers)}
+def _only(record: Record, numbers: list[int], how: dict[str, Any]) -> tuple[tuple[Response, ...], dict[int, int]]:
+    """The responses of these numbers, and where each of them is now. Where some are left out, each of the others says how it was kept:
+    together they are no plain samples any more."""
+    chosen, at = tuple(record.responses[i] for i in numbers), {i: at for at, i in enumerate(numbers)}
+    return chosen if len(numbers) == len(record.responses) else _marked(chosen, how), at
+
+
+def _marked(responses: Sequence[Response], how: dict[str, Any]) -> tuple[Response, ...]:
+    return tuple(replace(r, source={**(r.source or {}), "kept": how}) for r in responses)
 
 
 def _as_judged(record: Record, options: Pair) -> bool:
@@ -117,7 +124,7 @@ def _judged(records: list[Record], options: Pair, count: Counter[str]) -> list[R
             count[f"prompts: {few or f'no two scores differ by --margin {options.margin:g}'}"] += 1
             continue
         named = sorted({i for judgement in chosen for tier in judgement.order for i in tier})
-        responses, at = _only(record, named)
+        responses, at = _only(record, named, {"how": options.how})
         moved = tuple(replace(j, order=tuple(tuple(at[i] for i in tier) for tier in j.order)) for j in chosen)
         made.append(replace(record, responses=responses, judgements=moved, labels=None, meta=_meta(record, options)))
         pairs += len(chosen)
@@ -135,7 +142,7 @@ def _prob(difference: float, options: Pair) -> float | None:
 def _meta(record: Record, options: Pair) -> dict[str, Any]:
     how = {"how": options.how if options.ask is None else f"ask by {options.ask_by}"}
     how |= {name: value for name in ("margin", "soft", "limit") if (value := getattr(options, name))}
-    return {**{k: v for k, v in record.meta.items() if k != "scored" or "each" not in v}, "paired": how}
+    return {**record.meta, "paired": how}
 
 
 # --- responses that are kept ----------------------------------------------------------------------------------------------------
@@ -158,9 +165,8 @@ def _unjudged(records: list[Record], options: Pair, count: Counter[str]) -> list
 
 def _kept(record: Record, numbers: list[int], how: dict[str, Any], options: Pair) -> Record:
     """The record with these responses only, each of which says how it was kept: it is no plain sample any more."""
-    responses, _ = _only(record, numbers)
-    marked = tuple(replace(r, source={**(r.source or {}), "kept": how}) for r in responses)
-    return replace(record, responses=marked, judgements=(), labels=None, meta=_meta(record, options))
+    responses = _marked([record.responses[i] for i in numbers], how)  # also where all were accepted: what was not, elsewhere, is missing
+    return replace(record, responses=responses, judgements=(), labels=None, meta=_meta(record, options))
 
 
 def _best(records: list[Record], options: Pair, count: Counter[str]) -> list[Record]:
@@ -247,14 +253,12 @@ def _warn(each: float, best: float, cut: int, options: Pair) -> None:
 
 
 def _members(record: Record, found: list[int], count: Counter[str]) -> np.ndarray | None:
-    """(M, K) what each of several rewards gave, as `preftune score` left it in meta.scored.each."""
-    scored = record.meta.get("scored")
-    each = scored.get("each") if isinstance(scored, dict) else None
-    size = len(record.responses)
-    if not isinstance(each, list) or len(each) < 2 or any(not isinstance(v, list) or len(v) != size or None in v for v in each):
-        count["prompts: no rewards of several in meta.scored.each"] += 1
+    """(M, K) what each of several rewards, or members of an ensemble, said, as `preftune score` left it in source.scores."""
+    each = [scores_of(record.responses[i]) for i in found]
+    if not each or len({len(row) for row in each}) > 1 or len(each[0]) < 2:
+        count["prompts: no scores of several rewards in source.scores"] += 1
         return None
-    return np.array([[row[i] for i in found] for row in each], dtype=float)
+    return np.array(each).T
 
 
 def _worth(records: list[Record], options: Pair, count: Counter[str]) -> list[Record]:
@@ -272,7 +276,7 @@ def _worth(records: list[Record], options: Pair, count: Counter[str]) -> list[Re
     count["pairs: less doubtful than the --ask best"] += max(0, len(every) - (options.ask or 0))
     made = []
     for doubt, number, a, b in every[: options.ask]:
-        responses, _ = _only(records[number], [a, b])
+        responses, _ = _only(records[number], [a, b], {"how": "ask"})
         meta = _meta(records[number], options)
         meta["paired"] |= {"doubt": doubt}
         made.append(replace(records[number], responses=responses, judgements=(), labels=None, meta=meta))

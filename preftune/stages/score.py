@@ -1,13 +1,14 @@
 """`preftune score`: a reward for every response of a file, or a judge's verdicts on every two responses.
 
-Records in, records out: `score` is filled in, `meta.scored` says who scored, with which fingerprint, and what each of several gave. A judge
-that compares makes judgements instead. What is finished is on the disk at once; the same command goes on where a stopped one was.
+Records in, records out: `score` is filled in, `meta.scored` says who scored, with which fingerprint, `source.scores` what each of several
+said. A judge that compares makes judgements instead. What is finished is on the disk at once; the same command goes on where a stopped
+one was.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -144,10 +145,16 @@ def _scored(records: Sequence[Record], start: np.ndarray, said: Sequence[Sequenc
     for r, record in enumerate(records):
         span = slice(int(start[r]), int(start[r + 1]))
         by: dict[str, Any] = {"by": prints} | ({"combine": options.combine} if options.combine else {})
-        each = [[v and v[m] for v in column[span]] for column in said for m in range(max(len(v or ()) for v in column))]
-        by |= {"each": each} if len(each) > 1 else {}
-        responses = tuple(replace(x, score=v) for x, v in zip(record.responses, one[span], strict=True))
+        told = zip(*(column[span] for column in said), strict=True)
+        responses = tuple(replace(x, score=v, source=_with_members(x.source, None if v is None else [m for each in t for m in each or ()]))
+                          for x, v, t in zip(record.responses, one[span], told, strict=True))  # fmt: skip
         yield to_json(replace(record, responses=responses, meta={**record.meta, "scored": by}))
+
+
+def _with_members(source: Mapping[str, Any] | None, told: list[float] | None) -> dict[str, Any] | None:
+    """The source with what each of several rewards, or members of an ensemble, said: `records.scores_of` reads it."""
+    rest = {k: v for k, v in (source or {}).items() if k != "scores"}
+    return (rest | {"scores": told} if told and len(told) > 1 else rest) or None
 
 
 def _tell_mean(name: str, column: Sequence[float | None], start: np.ndarray) -> None:
