@@ -101,6 +101,12 @@ def test_every_sample_says_where_it_came_from(options, base):
     assert len({r["text"] for row in rows for r in row["responses"]}) > 15, "every sample has its own randomness"
 
 
+def test_equal_prompts_in_different_passes_have_their_own_randomness(options, tmp_path):
+    (tmp_path / "same.txt").write_text("home\n" * 4)
+    sample.run(replace(options, data=[str(tmp_path / "same.txt")], k=1, batch_size=1))
+    assert len({row["responses"][0]["text"] for row in lines(options.output)}) == 4
+
+
 class Stopped(BaseException):
     """As a kill would."""
 
