@@ -10,7 +10,7 @@ chord of their rewards at no more than the chord of their KLs (KL is convex), so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ class Point:
     Args:
         method: its name in the table. setting: what of it was varied, such as 'beta 0.1'. seed: of the run. step: of the evaluation.
         last: whether the run ended there. kl: nats a response, from the start, on the policy's own samples. reward: the true or held-out
-        one; both with standard errors over prompts, or None where one prompt gives none. proxy: the reward that was optimised, where it
-        is another. tokens, seconds: what training to this point cost, sampling included.
+        one; both with standard errors over prompts, or None where one prompt gives none. tokens, seconds: what training to this point
+        cost.
     """
 
     method: str
@@ -39,19 +39,18 @@ class Point:
     kl_se: float | None
     reward: float
     reward_se: float | None
-    proxy: float | None
     tokens: int
     seconds: float
 
 
-def points_of(rows: Sequence[Mapping[str, Any]], *, method: str, setting: str, seed: int, truth: str, proxy: str | None) -> list[Point]:
-    """The evaluations of a run's metrics as points; the first is the start. `truth`, `proxy`: names of the metrics."""
+def points_of(rows: Sequence[Mapping[str, Any]], *, method: str, setting: str, seed: int) -> list[Point]:
+    """The evaluations of a run's metrics as points; the first is the start."""
     found, seen, tokens, seconds = [], [row for row in rows if "kl_sequence_rb" in row], 0, 0.0
     for row in rows:
         tokens, seconds = int(row.get("num_tokens", tokens)), float(row.get("seconds", seconds))
         if "kl_sequence_rb" in row:
             found.append(Point(method, setting, seed, int(row["step"]), row is seen[-1], row["kl_sequence_rb"], row["kl_sequence_rb_se"],
-                               row[truth], row[f"{truth}_se"], row[proxy] if proxy else None, tokens, seconds))  # fmt: skip
+                               row["reward"], row["reward_se"], tokens, seconds))  # fmt: skip
     return found
 
 
@@ -122,3 +121,48 @@ def best_of_n(proxy: np.ndarray, truth: np.ndarray, n: int) -> tuple[float, floa
     chosen = np.diff(np.append(0.0, below))
     mean = np.bincount(level, truth) / count
     return float(chosen @ mean), best_of_n_kl(count / size, n)
+
+
+def table(points: Sequence[Point], *, limit: float | None = None, at: Sequence[float] = ()) -> dict[str, Any]:
+    """What the points of several methods say: each seed's hull from its method's points and the start, then means over seeds.
+
+    Args:
+        limit: KL up to which areas are taken. Default: the largest KL of all points. at: KLs at which heights are compared.
+
+    Returns:
+        'limit', 'at'; 'methods': name -> {'area', 'heights' (one per `at`), 'best' (the point of highest reward), 'curve' (of all
+        seeds together), 'points', 'tokens', 'seconds'}; 'differences': 'A - B' -> {'area', 'heights'}, paired by seed.
+    """
+    limit = limit or max(p.kl for p in points)
+    at = [kl for kl in at if kl <= limit]
+    start = {p.seed: p for p in points if p.step == 0 and p.kl == 0}
+    origin = float(np.mean([p.reward for p in start.values()])) if start else None
+    names = list(dict.fromkeys(p.method for p in points))
+    curves: dict[str, dict[int, Curve]] = {}
+    for name in names:
+        own = [p for p in points if p.method == name]
+        curves[name] = {}
+        for seed in sorted({p.seed for p in own}):
+            first = start[seed].reward if seed in start else origin
+            found = [(p.kl, p.reward) for p in own if p.seed == seed]
+            curves[name][seed] = hull([*found, *([(0.0, first)] if first is not None else [])])
+    methods = {}
+    for name in names:
+        own = [p for p in points if p.method == name and p.step]
+        ends = [p for p in own if p.last]
+        together = [corner for curve in curves[name].values() for corner in curve]
+        methods[name] = {
+            "area": over_seeds([area(curve, limit) for curve in curves[name].values()]),
+            "heights": [over_seeds([height(curve, kl) for curve in curves[name].values()]) for kl in at],
+            "best": asdict(max(own, key=lambda p: p.reward)) if own else None, "curve": hull(together), "points": len(own),
+            "tokens": float(np.mean([p.tokens for p in ends])) if ends else 0.0,
+            "seconds": float(np.mean([p.seconds for p in ends])) if ends else 0.0}  # fmt: skip
+    differences = {}
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            both = [(curves[one][s], curves[other][s]) for s in curves[one].keys() & curves[other].keys()]
+            if both:
+                differences[f"{one} - {other}"] = {
+                    "area": over_seeds([area(a, limit) - area(b, limit) for a, b in both]),
+                    "heights": [over_seeds([height(a, kl) - height(b, kl) for a, b in both]) for kl in at]}  # fmt: skip
+    return {"limit": limit, "at": list(at), "methods": methods, "differences": differences}

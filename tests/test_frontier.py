@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preftune import exact
-from preftune.frontier import area, best_of_n, best_of_n_kl, height, hull, over_seeds, points_of
+from preftune.frontier import Point, area, best_of_n, best_of_n_kl, height, hull, over_seeds, points_of, table
 
 B4 = {2: 0.157805, 4: 0.582539, 8: 1.078864, 16: 1.617670, 64: 2.292161, 128: 2.302563}  # algorithms' exact KL on four responses
 
@@ -88,6 +88,23 @@ def test_points_are_a_runs_evaluations_with_what_they_cost():
     evaluation = {"kl_sequence_rb": 0.5, "kl_sequence_rb_se": 0.1, "reward": 0.2, "reward_se": 0.05}
     rows = [{"step": 0} | evaluation | {"kl_sequence_rb": 0.0}, {"step": 1, "loss": 1.0, "num_tokens": 50, "seconds": 2.5},
             {"step": 1} | evaluation]  # fmt: skip
-    start, end = points_of(rows, method="dpo", setting="beta 0.1", seed=3, truth="reward", proxy=None)
+    start, end = points_of(rows, method="dpo", setting="beta 0.1", seed=3)
     assert (start.kl, start.tokens, start.last) == (0.0, 0, False)
-    assert (end.kl, end.tokens, end.seconds, end.last, end.proxy) == (0.5, 50, 2.5, True, None)
+    assert (end.kl, end.tokens, end.seconds, end.last) == (0.5, 50, 2.5, True)
+
+
+def point(method, seed, kl, reward, step=1, last=True):
+    return Point(method, "", seed, step, last, kl, 0.1, reward, 0.1, 100 * step, 1.0)
+
+
+def test_methods_are_compared_seed_by_seed_from_the_same_start():
+    found = table([point("a", s, 0.0, 0.1 * s, step=0, last=False) for s in (0, 1)]
+                  + [point("a", s, 2.0, 1.0 + 0.1 * s) for s in (0, 1)] + [point("b", s, 4.0, 1.0 + 0.1 * s) for s in (0, 1)],
+                  at=(1.0, 2.0, 9.0))  # fmt: skip
+    assert found["limit"] == 4.0 and found["at"] == [1.0, 2.0] and list(found["methods"]) == ["a", "b"]
+    # a rises by 1 over 2 nats and stays; b rises by 1 over 4: areas 0.75 and 0.5 above the start, whatever the seed's own level
+    assert found["methods"]["a"]["area"]["mean"] == pytest.approx(0.05 + 0.75)
+    difference = found["differences"]["a - b"]
+    assert [difference["area"][key] for key in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
+    assert [h["mean"] for h in difference["heights"]] == pytest.approx([0.25, 0.5])
+    assert found["methods"]["b"]["best"]["reward"] == 1.1 and found["methods"]["a"]["tokens"] == 100
