@@ -383,6 +383,34 @@ class Compare(Computing, Asking):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frontier(Machine):
+    """Several methods, KL weights and seeds on one file, each judged by one reward: what is reached at which KL from the start."""
+
+    EXAMPLE = "preftune frontier --model MODEL --data scored.jsonl --truth lexicon:words.txt --output runs/frontier"
+    model: str | None = option(None, "the start of every method, and the reference: model folder, run folder or hub name", required=True, reads="model")
+    data: list[str] = option([], "preference file(s) that every method trains on; scored for rejection and losses that read scores", shows="FILE", required=True, reads="data")
+    output: str | None = option(None, "folder to make; the same command goes on in it", shows="FOLDER", required=True)
+    methods: list[str] = option(["preferred-ft", "best-of-n", "dpo"], "sft, preferred-ft, best-of-n, rejection, dpo, online, ppo, rloo, grpo, or any loss of dpo; NAME:BETA,BETA for KL weights of its own", shows="NAME")
+    betas: list[str] = option(["0.05", "0.1", "0.3", "1"], "KL weights of the methods that have one", shows="BETA")
+    seeds: int = option(3, "runs of every method and KL weight; more give narrower intervals", low=1)
+    truth: str | None = option(None, "the reward that judges every policy. Default: --reward", shows="SPEC", pattern=REWARD)
+    reward: str | None = option(None, "the reward that online, ppo, rloo, grpo and best-of-n go by", shows="SPEC", pattern=REWARD)
+    set_: list[str] = option([], "options of the runs: METHOD.OPTION=VALUE, or OPTION=VALUE for all that have it", shows="SETTING")
+    seed: int = option(0, "the first seed, and that of the split", low=0)
+    dry_run: bool = option(False, "print the commands of all runs, and do nothing")
+    holdout: float = option(0.1, "share of prompts held out to measure on", group="data", low=0, high=0.9, open_low=True)
+    max_records: int | None = option(None, "read at most this many records", group="data", low=2)
+    eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=2)
+    eval_samples: int = option(4, "samples per prompt", group="evidence", low=1)
+    sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
+    best_of: list[str] = option(["2", "4", "8", "16"], "n of best-of-n", group="evidence", shows="N")
+    best_of_samples: int = option(64, "draws per prompt that best-of-n is computed from; well above the largest n", group="evidence", low=1)
+    at: list[str] = option(["1", "3", "10"], "KLs in nats at which methods are compared", group="evidence", shows="KL")
+    kl_limit: float | None = option(None, "KL up to which areas are taken. Default: the largest of all points", group="evidence", low=0, open_low=True)
+    threads: int | None = option(None, "CPU threads. Default: as every run chooses", group="machine", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rate(Options):
     """Ratings of many models, or players of any kind, from comparisons of few. Loads no model."""
 
@@ -982,8 +1010,11 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
 )  # fmt: skip
 
 
-def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
-    """The options of a verb from what was given. Raises UsageError for missing or contradicting options, before anything is read."""
+def build(cls: type[AnyOptions], given: Given, *, files: bool = True) -> AnyOptions:
+    """The options of a verb from what was given. Raises UsageError for missing or contradicting options, before anything is read.
+
+    `files`: whether the inputs must be there already.
+    """
     resume = given["resume"][0] if "resume" in given else None
     if resume is not None:
         if given.keys() <= {"resume", "allow_change"}:
@@ -1004,7 +1035,8 @@ def build(cls: type[AnyOptions], given: Given) -> AnyOptions:
             raise UsageError(f"{labels[name]} {why}")
     if isinstance(options, Losses) or (isinstance(options, Evaluate) and options.loss is not None):  # else the run's, which is not read yet
         loss_terms(options, labels)
-    _inputs(options, labels)
+    if files:
+        _inputs(options, labels)
     return options
 
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from .certainty import interval_of
 
 Curve = list[tuple[float, float]]
 
@@ -83,13 +84,10 @@ def area(curve: Curve, limit: float) -> float:
     return float(np.trapezoid([height(curve, kl) for kl in corners], corners)) / limit
 
 
-def over_seeds(values: Sequence[float], level: float = 0.95) -> dict[str, float | int | None]:
-    """Mean over seeds with Student's interval; a single seed has none."""
-    x = np.asarray(values, float)
-    if len(x) < 2:
-        return {"mean": float(x.mean()), "low": None, "high": None, "seeds": len(x)}
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
-    return {"mean": float(x.mean()), "low": float(x.mean()) - half, "high": float(x.mean()) + half, "seeds": len(x)}
+def over_seeds(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean over seeds with Student's 95% interval; a single seed has none."""
+    mean, low, high = interval_of(np.asarray(values, float), np.arange(len(values)))
+    return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
 
 
 def best_of_n_kl(mass: np.ndarray, n: int) -> float:
