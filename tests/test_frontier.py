@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import xml.etree.ElementTree as ElementTree
 from itertools import combinations
 
+import make
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preftune import exact
+from preftune import cli, exact, models
 from preftune.frontier import Point, area, best_of_n, best_of_n_kl, height, hull, over_seeds, points_of, table
+
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 B4 = {2: 0.157805, 4: 0.582539, 8: 1.078864, 16: 1.617670, 64: 2.292161, 128: 2.302563}  # algorithms' exact KL on four responses
 
@@ -108,3 +113,99 @@ def test_methods_are_compared_seed_by_seed_from_the_same_start():
     assert [difference["area"][key] for key in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
     assert [h["mean"] for h in difference["heights"]] == pytest.approx([0.25, 0.5])
     assert found["methods"]["b"]["best"]["reward"] == 1.1 and found["methods"]["a"]["tokens"] == 100
+
+
+# --- the verb -----------------------------------------------------------------------------------------------------------------
+
+RULE = "def rule(prompt, response):\n    return min(len(response), 20) / 20\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    make.write_model(folder / "model")
+    make.write_scored(folder / "scored.jsonl", models.weights_fingerprint(str(folder / "model"), offline=True))
+    (folder / "rule.py").write_text(RULE)
+    return folder
+
+
+def words(place, output, *more):
+    return ["frontier", "--model", str(place / "model"), "--data", str(place / "scored.jsonl"), "--output", str(place / output),
+            "--truth", f"python:{place / 'rule.py'}:rule", "--eval-prompts", "3", "--eval-samples", "2", "--sample-tokens", "4",
+            "--holdout", "0.2", "--seeds", "2", "--offline", "--set", "batch_size=8", "eval_every=1", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    given = words(place, "whole", "--methods", "preferred-ft", "best-of-n", "rejection:0.5", "dpo", "--betas", "0.1", "--best-of", "2", "4",
+                  "--best-of-samples", "8", "--at", "0.01")  # fmt: skip
+    assert cli.main(given) == 0
+    return place / "whole", given
+
+
+def test_every_method_stands_in_one_table_measured_alike(done):
+    folder, _ = done
+    facts = json.loads((folder / "frontier.json").read_text())
+    assert list(facts["methods"]) == ["best-of-n", "preferred-ft", "rejection", "dpo"] and not facts["failed"]
+    starts = [p for p in facts["points"] if p["step"] == 0]
+    assert len(starts) == 6 and all(abs(p["kl"]) < 1e-4 for p in starts)
+    for seed in (0, 1):  # the same prompts, the same draws: every method's start is one point
+        assert len({p["reward"] for p in starts if p["seed"] == seed}) == 1
+    assert {p["setting"] for p in facts["points"] if p["method"] == "best-of-n"} == {"n 2", "n 4"}
+    train, held = ({json.loads(line)["prompt"] for line in (folder / name).open()} for name in ("train.jsonl", "held.jsonl"))
+    assert not train & held and len(held) == 4
+    accepted = [json.loads(line) for line in (folder / "runs" / "rejection-0.5-0.jsonl").open()]
+    assert all(1 <= len(r["responses"]) <= 4 and max(x["score"] for x in r["responses"]) > 0 for r in accepted)
+    assert all((folder / "runs" / f"dpo-0.1-{seed}" / "model" / "model.safetensors").is_file() for seed in (0, 1))
+
+
+def test_the_figure_is_a_drawing_and_the_page_needs_nothing(done):
+    folder, _ = done
+    assert ElementTree.fromstring((folder / "frontier.svg").read_text()).tag.endswith("svg")
+    page = (folder / "frontier.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert all(name in page for name in ("best-of-n", "preferred-ft", "rejection", "dpo"))
+
+
+def test_the_same_command_goes_on_and_another_is_refused(done, capsys):
+    folder, given = done
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
+    (folder / "runs" / "dpo-0.1-1" / "results.json").unlink()  # as a kill before the last file leaves it
+    facts = (folder / "frontier.json").read_bytes()
+    assert cli.main(given) == 0
+    assert (folder / "frontier.json").read_bytes() == facts
+    changed = {p.parent.parent.name for p, at in before.items() if p.stat().st_mtime_ns != at}
+    assert changed <= {"dpo-0.1-1"} and (folder / "runs" / "dpo-0.1-1" / "results.json").is_file()
+    assert cli.main([*given, "--seed", "5"]) == 2
+    assert "other options" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(place, capsys):
+    (place / "bad.py").write_text("def rule(prompt, response):\n    raise ValueError('no')\n")
+    given = words(place, "part", "--methods", "preferred-ft", "online:0.1", "--reward", f"python:{place / 'bad.py'}:rule")
+    assert cli.main([*given, "--seeds", "1"][:-2]) == 3
+    facts = json.loads((place / "part" / "frontier.json").read_text())
+    assert [f["run"] for f in facts["failed"]] == ["online-0.1-0", "online-0.1-1"] and list(facts["methods"]) == ["preferred-ft"]
+    assert "online-0.1-0" in (place / "part" / "frontier.html").read_text()
+
+
+REFUSALS = [
+    (["--methods", "dpoo"], "nearest: dpo"), (["--methods", "ppo"], "needs --reward"), (["--methods", "dpo", "dpo:0.3"], "named twice"),
+    (["--methods", "sft:0.1"], "no KL weight"), (["--betas", "0.1", "x"], "numbers above 0"), (["--set", "dpo.lrr=1"], "no such option"),
+    (["--set", "ppo.lr=1"], "not among --methods"), (["--set", "lr"], "METHOD.OPTION=VALUE"), (["--set", "dpo.lr=-1"], "lr"),
+    (["--best-of", "0"], "above 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "says"), REFUSALS)
+def test_what_cannot_be_run_is_refused_before_anything_is_made(place, capsys, more, says):
+    assert cli.main(words(place, "never", *more)) == 2
+    said = capsys.readouterr().err
+    assert says.split(": ")[-1] in said and len(said.strip().splitlines()) <= 4, said
+    assert not (place / "never").exists()
+
+
+def test_a_dry_run_says_every_command_and_does_nothing(place, capsys):
+    assert cli.main(words(place, "never", "--methods", "dpo", "simpo", "--dry-run")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preftune dpo")]
+    assert len(lines) == 2 * 4 * 2 and not (place / "never").exists()

@@ -49,7 +49,10 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("cli", "stages"): "each verb calls its stage, and imports it only inside the verb",
 }
 # Imports from one stage to another.
-STAGE_TO_STAGE: dict[tuple[str, str], str] = {("demo", "dpo"): "the demo is the pipeline of the verbs, run in turn"}
+STAGE_TO_STAGE: dict[tuple[str, str], str] = {
+    ("demo", "dpo"): "the demo is the pipeline of the verbs, run in turn",
+    **{("frontier", verb): "every point of a frontier is a run of its verb" for verb in ("sft", "dpo", "online", "ppo")},
+}
 ONLY_INSIDE_FUNCTIONS = {("cli", "stages")}
 
 TORCH_FREE = ("errors", "files", "config", "screen", "records", "formats", "ratings", "grammar", "runs", "trackers", "templating", "report",

@@ -1,7 +1,8 @@
 """`preftune frontier`: several methods, KL weights and seeds on one file, each judged by one reward on the same prompts.
 
-The folder holds `train.jsonl` and `held.jsonl` (one split for all), a run folder per point (each resumes by itself), the points, the
-table, the figure and the page. The same command goes on where a stopped one was; a run that fails is named and the others go on.
+The folder holds `train.jsonl` and `held.jsonl` (one split for all; `held-unjudged.jsonl` for methods that imitate), a run folder per point
+(each resumes by itself), the points, the table, the figure and the page. The same command goes on where a stopped one was; a run that
+fails is named and the others go on.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ VERBS: Mapping[str, tuple[type[Options], Callable[[Any], int]]] = {
 
 def named(options: Frontier) -> dict[str, list[float | None]]:
     """Methods by name, each with its KL weights: its own ('ppo:0.1,1') or --betas; [None] for one that has none. Raises UsageError."""
-    common, out = _numbers(options.betas, "--betas", float), {}
+    common = _numbers(options.betas, "--betas", float)
+    out: dict[str, list[float | None]] = {}
     for word in options.methods:
         name, colon, own = word.partition(":")
         if name in out:
@@ -177,10 +179,15 @@ def jobs(options: Frontier) -> list[Job]:
     return out
 
 
+def _trains_on(place: Path, this: Method) -> Path:
+    """The file that a run of this method reads."""
+    return place.parent.parent / "train.jsonl" if this.records is None else place.with_name(f"{place.name}.jsonl")
+
+
 def _options(options: Frontier, this: Method, name: str, beta: float | None, seed: int, place: Path, more: Mapping[str, Given]) -> Options:
-    folder = Path(str(options.output))
+    held = Path(str(options.output)) / ("held.jsonl" if this.records is None else "held-unjudged.jsonl")
     values: dict[str, Any] = {
-        "model": options.model, "output": str(place), "data": [str(folder / "train.jsonl")], "eval_data": [str(folder / "held.jsonl")],
+        "model": options.model, "output": str(place), "data": [str(_trains_on(place, this))], "eval_data": [str(held)],
         "eval_reward": options.truth or options.reward, "eval_prompts": options.eval_prompts, "eval_samples": options.eval_samples,
         "sample_tokens": options.sample_tokens, "seed": seed, "keep": 1, "report": False, "device": options.device,
         "offline": options.offline, "threads": options.threads, **this.settings}  # fmt: skip
@@ -212,7 +219,8 @@ def _split(options: Frontier, folder: Path) -> None:
     parts: dict[str, list[Record]] = {"train.jsonl": [], "held.jsonl": []}
     for record in records:
         parts["held.jsonl" if prompt_key(record) in held else "train.jsonl"].append(record)
-    for name, part in parts.items():  # held.jsonl is written last: its presence says that both are whole
+    _write(folder / "held-unjudged.jsonl", _unjudged(parts["held.jsonl"], options, 0.0))
+    for name, part in parts.items():  # held.jsonl is written last: its presence says that all are whole
         _write(folder / name, part)
     say(f"{len(parts['train.jsonl'])} records to train on, {len(parts['held.jsonl'])} held out ({count} of {len(keys)} prompts)")
 
@@ -229,11 +237,8 @@ def _train(job: Job, options: Frontier, train: Sequence[Record]) -> None:
     if (job.folder / "results.json").is_file():
         return
     this, own = method(job.method), job.options
-    if this.records is not None:
-        path = job.folder.parent / f"{job.folder.name}.jsonl"
-        if not path.is_file():
-            _write(path, this.records(train, options, job.beta or 0.0))
-        own = replace(own, data=[str(path)])
+    if this.records is not None and not (path := _trains_on(job.folder, this)).is_file():
+        _write(path, this.records(train, options, job.beta or 0.0))
     if (job.folder / "config.yaml").is_file():
         own = type(own)(resume=str(job.folder))
     VERBS[this.verb][1](own)
@@ -269,7 +274,7 @@ def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
             pairs = np.array([frontier.best_of_n(p, t, n) for p, t in zip(*judged, strict=True)])
             (reward, reward_se), (kl, kl_se) = (mean_of(column, np.arange(len(pairs))) for column in pairs.T)
             point = Point(BEST_OF_N, f"n {n}", seed, 1, n == sizes[-1], kl, kl_se, reward, reward_se, tokens * n // many, 0.0)
-            append_jsonl(kept, [asdict(point)])
+            append_jsonl(kept, asdict(point))
             found.append(point)
     return found
 
@@ -316,6 +321,7 @@ def _claim(options: Frontier, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output {folder}: is not empty; name a new folder")
     new_folder(folder)
+    new_folder(folder / "runs")
     atomic_write(folder / "frontier.yaml", text)
 
 
