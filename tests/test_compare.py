@@ -150,8 +150,9 @@ def test_margin_makes_ties(place):
 def test_stopped_and_gone_on(place, tmp_path, monkeypatch, capsys):
     """Killed while B answers: the same command keeps A's answers and B's first part, and ends with the same bytes."""
     whole, part = tmp_path / "whole", tmp_path / "part"
+    plain = compare.compared(options(place, output=str(tmp_path / "plain")))
     monkeypatch.setattr(compare, "CHUNK", 5)
-    compare.compared(options(place, output=str(whole)))
+    assert compare.compared(options(place, output=str(whole)))["reward"] == plain["reward"], "an answer depends on no other's part"
     keep, calls = compare._keep, []
 
     def stop(path, *rest):
