@@ -307,6 +307,7 @@ class Evaluate(Judged):
     k: int = option(1, "samples per prompt", group="evidence", low=1)
     sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
     seed: int = option(0, "seed of the sampling and of bootstraps", group="evidence", low=0)
+    tokens: int = option(0, "what each token of the answers to the first prompts of each file adds to the implicit reward; how many prompts", group="evidence", low=0)
     output: str | None = option(None, "write everything as JSON", shows="FILE.json")
     page: str | None = option(None, "write a page", shows="FILE.html")
 
@@ -699,7 +700,7 @@ LOSS_ALSO_CALLED = {
     "sigmoid_norm": "sigmoid-norm", "slic": "hinge", "pl": "plackett-luce", "dpo-pl": "plackett-luce", "listmle": "plackett-luce",
     "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
     "distill": "soft", "distillation": "soft", "d-dpo": "soft-square", "rpo_sq": "soft-square", "rpo_bwd_kl": "soft-kl", "rpo_fwd_kl": "soft-reverse-kl",
-    "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "xpo": "sigmoid+1e-5*optimism",
+    "tdpo": "tdpo2' or 'tdpo1", "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "xpo": "sigmoid+1e-5*optimism",
 }  # fmt: skip
 
 
@@ -979,6 +980,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Compare,), "margin", lambda o: o.reward is None, "has no effect without --reward"),
     ((Compare,), "k", lambda o: o.temperature == 0 and o.k > 1, "makes equal samples: --temperature 0 always takes the likeliest token"),
     *(((Compare,), name, lambda o: bool(o.answers or o.votes), "has no effect: nothing is sampled") for name in ("k", "sample_tokens", "temperature", "dry_run")),
+    ((Evaluate,), "tokens", lambda o: not (o.output or o.page), "is written to --output or --page: name one"),
     ((Evaluate,), "output", lambda o: Path(o.output).suffix != ".json", "must end with .json"),
     ((Evaluate,), "page", lambda o: Path(o.page).suffix != ".html", "must end with .html"),
     *(((Sample,), name, lambda o: _asks(o.model), "has no effect on a model behind an endpoint") for name in ("reference", "batch_size", "dtype", "device", "threads", "bos", "template", "control_tokens")),

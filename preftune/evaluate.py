@@ -83,6 +83,25 @@ def held_out(model: Any, objective: Objective, store: Store, records: Sequence[i
     return out
 
 
+def token_rewards(model: Any, store: Store, records: Sequence[int] | np.ndarray, column: np.ndarray, *, beta: float, micro_tokens: int,
+                  device: str = "cpu") -> np.ndarray:  # fmt: skip
+    """beta (log pi - log ref) of every trained token of these records, NaN elsewhere: (N,), parallel to the store's tokens.
+
+    Summed over a response it is the implicit reward; at the optimum of a token-level reward it is r_t + V(s_t+1) - V(s_t).
+
+    Args:
+        column: (N,) the reference's log-probs.
+    """
+    out, share = np.full(len(store.tokens), np.nan), packs(model)
+    with torch.inference_mode():
+        for group in split(store, records, micro_tokens, share=share):
+            batch = make_batch(store, group, share=share).to(device)
+            logps = token_logps(model, hidden_states(model, batch), batch).double().cpu().numpy()
+            slot = batch.slot.cpu().numpy()
+            out[slot] = beta * (logps - column[slot])
+    return out
+
+
 @dataclass(frozen=True)
 class Drawn:
     """Fresh samples of a policy: n prompts, k samples each. All arrays (n, k).

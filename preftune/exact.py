@@ -141,7 +141,8 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     collision = (2 * log_policy).logsumexp(0).detach().expand(len(length))
     score = torch.from_numpy(problem.reward)
     side = Side(log_policy, reference, length, tokens=(log_policy - reference)[:, None], collision=collision, score=score,
-                member=torch.stack([score, score], 1))  # fmt: skip
+                member=torch.stack([score, score], 1),
+                kl=(reference.exp() * (reference - log_policy)).sum().expand(len(length)))  # fmt: skip
     if loss.kind == "scored":
         return (weight * loss.function(side[i], side[j], **arguments)).sum() / weight.sum()
     if loss.kind == "pairs":

@@ -25,7 +25,7 @@ from .losses import LOSSES, Loss, Side, arguments, expected, votes
 from .losses.lists import Rankings, agreement
 from .losses.values import Draws
 from .losses.verdicts import baseline
-from .readout import hidden_states, response_rows, response_sums, scalars, token_collisions, token_logps
+from .readout import as_reference, forward_kl, hidden_states, response_rows, response_sums, scalars, token_collisions, token_logps
 from .store import Store
 
 Terms = Mapping[str, tuple[Tensor, str]]
@@ -56,7 +56,8 @@ class Objective:
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
         read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
-        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member'.
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member', 'kl'.
+        frozen: for reference='distribution' the frozen model, None where it is the policy with its adapter off (`readout.as_reference`).
         compares: table -> (P, 2) int64, the pairs that `metrics` measures, the better response first.
         partition: betas of the terms whose Z is estimated from samples.
         start: (table, totals) -> the loss while policy = reference, or None where that depends on the policy.
@@ -77,6 +78,7 @@ class Objective:
     also: frozenset[str] = frozenset()
     compares: Callable[[Table], Tensor] = lambda table: table.pair
     partition: tuple[float, ...] = ()
+    frozen: Any = None
     carry: Mapping[str, float] = field(default_factory=dict)
     advance: Callable[[Columns, Table, Mapping[str, float]], dict[str, float]] = lambda columns, table, carry: {}
 
@@ -95,7 +97,13 @@ class Objective:
             tokens=response_rows(logps.double() - reference, batch) if "tokens" in self.needs else None,
             collision=response_sums(token_collisions(model, hidden, batch), batch) if "collision" in self.needs else None,
             score=batch.table.score if "score" in self.needs else None,
-            member=batch.table.member if "member" in self.needs else None)  # fmt: skip
+            member=batch.table.member if "member" in self.needs else None,
+            kl=response_sums(self._forward_kl(model, hidden, batch), batch) if "kl" in self.needs else None)  # fmt: skip
+
+    def _forward_kl(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad(), as_reference(model, self.frozen) as frozen:
+            theirs = hidden_states(frozen, batch)
+        return forward_kl(model, hidden, self.frozen, theirs, batch)
 
 
 def total(terms: Terms, totals: Mapping[str, float]) -> Tensor:
@@ -160,7 +168,7 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
         name="+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name, _, _ in named), terms=terms,
         metrics=_preference_metrics(named), reads=reads[0], also=frozenset(reads[1:]), compares=_compares(named[0][2]),
         partition=tuple(numbers["beta"] for _, _, loss, numbers in named if loss.partition),
-        reference="token" if "token" in needs else "none",
+        reference=max(needs, key=("none", "token", "distribution").index),
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
         needs=frozenset(name for _, _, loss, _ in named for name in loss.needs),

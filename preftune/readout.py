@@ -248,6 +248,27 @@ def prefix_kl(policy: Any, policy_hidden: Tensor, reference: Any | None, referen
     return torch.cat(parts)
 
 
+def forward_kl(policy: Any, policy_hidden: Tensor, reference: Any | None, reference_hidden: Tensor, batch: Batch) -> Tensor:
+    """KL(ref(.|s_t) || pi(.|s_t)) at the prefix of every target, (N,) fp32, nats; its gradient flows into pi.
+
+    More than one chunk of logits, of either model, is made again in the backward pass.
+    """
+
+    def piece(states: Tensor, frozen_states: Tensor) -> Tensor:
+        with torch.no_grad(), as_reference(policy, reference) as frozen:
+            log_ref = _wide(head_of(frozen)(frozen_states)).log_softmax(-1)
+        log_pi = _wide(head_of(policy)(states)).log_softmax(-1)
+        return torch.where(log_ref == -torch.inf, 0, log_ref.exp() * (log_ref - log_pi)).sum(-1)
+
+    size, parts = max(1, _chunk(vocabulary_of(policy)) // 2), []
+    for a in range(0, len(batch.hidden), size):
+        index = batch.hidden[a : a + size]
+        both = policy_hidden[index], reference_hidden[index]
+        again = torch.is_grad_enabled() and size < len(batch.hidden)
+        parts.append(checkpoint(piece, *both, use_reentrant=False) if again else piece(*both))
+    return torch.cat(parts)
+
+
 def prefix_entropy(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """H(pi(.|s_t)) at the prefix of every target, (N,) fp32, nats; without gradient."""
     head, parts = head_of(model), []

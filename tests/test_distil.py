@@ -258,7 +258,7 @@ def test_ten_thousand_noisy_prompts():
     """Each pair of B4 judged once in each of 10,000 prompts, a fifth of the verdicts turned round (e = .2).
 
     Robust recovers the clean rewards; DPO and conservative DPO each the minimiser of their own formula's population; soft labels from
-    the reward see no label. Bounds: five standard errors of a margin, about .02 for DPO and .02/(1-2e) = .035 for robust.
+    the reward see no label. Bounds: five standard errors of a margin, .017 for DPO and .042 for robust (30 repetitions).
     """
     rng, flip = np.random.default_rng(0), 0.2
     clean = exact.bradley_terry(B4.reward)
@@ -269,7 +269,7 @@ def test_ten_thousand_noisy_prompts():
         verdict = right ^ (rng.random(10_000) < flip)
         wins[i, j], wins[j, i] = verdict.sum(), (~verdict).sum()
     truth = B4.reward - B4.reward[0]
-    for name, smoothing, numbers, bound in (("sigmoid", 0.0, {}, 0.08), ("sigmoid", 0.1, {}, 0.08), ("robust", 0.0, {"noise": flip}, 0.18)):
+    for name, smoothing, numbers, bound in (("sigmoid", 0.0, {}, 0.085), ("sigmoid", 0.1, {}, 0.085), ("robust", 0.0, {"noise": flip}, 0.21)):
         population = fitted(name, np.round(1e12 * seen), smoothing, **numbers)
         assert np.abs(fitted(name, wins, smoothing, **numbers) - population).max() < bound, (name, smoothing)
         if name == "robust":
@@ -291,7 +291,7 @@ def test_ten_thousand_noisy_prompts():
 def test_what_counts_as_a_sample_of_the_reference():
     source = {"weights": "w", "temperature": 1.0, "top_p": 1.0}
     assert draw_of(Response("a", source=source)) == "w" and draw_of(Response("a", source=source | {"temperature": 1})) == "w"
-    wrong = ({"temperature": 0.7}, {"top_p": 0.9}, {"weights": None}, {"temperature": None}, {"top_p": "1"})
+    wrong = ({"temperature": 0.7}, {"top_p": 0.9}, {"weights": None}, {"temperature": None}, {"top_p": "1"}, {"kept": {"how": "best"}})
     for change in wrong:
         assert draw_of(Response("a", source=source | change)) is None
     assert draw_of(Response("a")) is None and draw_of(Response("a", source={"weights": "w"})) is None

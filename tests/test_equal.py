@@ -82,7 +82,8 @@ def plain(model: Any, store: Any, columns: Any, objective: Any) -> tuple[float, 
     ref = readout.response_sums(batch.columns["reference"], batch)
     ref = ref if objective.reference != "none" else None
     scored = Columns(readout.response_sums(logps, batch), ref, readout.response_sums(torch.ones_like(logps), batch).detach(),
-                     *inside(model, batch, logps, objective.needs), score=batch.table.score, member=batch.table.member)  # fmt: skip
+                     *inside(model, batch, logps, objective.needs), score=batch.table.score, member=batch.table.member,
+                     kl=distance(model, objective.frozen, batch) if "kl" in objective.needs else None)  # fmt: skip
     loss = total(objective.terms(scored, batch.table, objective.carry), step.totals)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -102,6 +103,15 @@ def inside(model: Any, batch: Any, logps: torch.Tensor, needs: Any) -> tuple[tor
     return tokens, collision
 
 
+def distance(model: Any, frozen: Any, batch: Any) -> torch.Tensor:
+    """Sums over prefixes of KL(ref||pi), row by row from the models' own logits."""
+    with torch.no_grad(), readout.as_reference(model, frozen) as still:
+        theirs = torch.cat([still(input_ids=batch.tokens[None, a:b], use_cache=False).logits[0] for a, b in batch.segments.trees])
+    ours = torch.cat([model(input_ids=batch.tokens[None, a:b], use_cache=False).logits[0] for a, b in batch.segments.trees])
+    q, p = theirs[batch.hidden].double().log_softmax(-1), ours[batch.hidden].double().log_softmax(-1)
+    return readout.response_sums((q.exp() * (q - p)).sum(-1), batch)
+
+
 def same(got: tuple[float, dict], want: tuple[float, dict]) -> None:
     assert got[0] == pytest.approx(want[0], rel=RELATIVE, abs=RELATIVE)
     largest = max(float(g.abs().max()) for g in want[1].values())
@@ -109,6 +119,8 @@ def same(got: tuple[float, dict], want: tuple[float, dict]) -> None:
     for name, gradient in want[1].items():
         assert float((got[1][name] - gradient).abs().max()) <= RELATIVE * largest, name
 
+
+LORA = [(name, "all-linear") for name in ("sigmoid", "kto", "tdpo1")] + [(name, "q_proj,lm_head") for name in ("sigmoid", "tdpo2")]
 
 MODES: dict[str, dict[str, Any]] = {
     "packed, whole step": {"micro_tokens": 10**6},
@@ -121,7 +133,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mode_equals_the_plain_path(name, policy, frozen, store, column, monkeypatch):
-    objective, columns = objective_of(name), {"reference": column}
+    objective, columns = replace(objective_of(name), frozen=frozen), {"reference": column}
     want = plain(policy, store, columns, objective)
     swept = 0
     for mode in MODES.values():
@@ -140,9 +152,9 @@ def test_every_mode_equals_the_plain_path(name, policy, frozen, store, column, m
     assert swept == 5 and len(NAMES) == len(LOSSES) + 3 >= 37
 
 
-def test_doubling_the_batch_changes_nothing(policy, store, column):
+def test_doubling_the_batch_changes_nothing(policy, frozen, store, column):
     for name in NAMES:
-        objective, columns = objective_of(name), {"reference": column}
+        objective, columns = replace(objective_of(name), frozen=frozen), {"reference": column}
         once = gradients(policy, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective)
         twice = gradients(policy, make_step(store, RECORDS * 2, columns=columns, micro_tokens=150), objective)
         same(twice, once)
@@ -162,7 +174,7 @@ def test_with_lora_the_reference_is_the_base_model(frozen, store, column):
     assert np.abs(moved - column).max() > 0.05
 
 
-@pytest.mark.parametrize(("name", "targets"), [("sigmoid", "all-linear"), ("kto", "all-linear"), ("sigmoid", "q_proj,lm_head")])
+@pytest.mark.parametrize(("name", "targets"), LORA)
 def test_lora_steps_equal_in_every_cut(name, targets, frozen, store, column):
     model = models.add_lora(copy.deepcopy(frozen), rank=4, alpha=None, targets=targets, seed=0)
     with torch.no_grad():

@@ -130,6 +130,8 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
                               (2**0.75 - 1) * ((1 / log(2) - 1 / log(3)) * log(3) + log(5) / log(4)),
                               (2 - 2**0.25) * ((1 / log(3) - 1 / log(4)) * log(3) + log(5) / log(4))])],
     "s-dpo": [({}, [log(7 / 4), log(15), log(7)]), ({"beta": 0.2}, [log(21 / 16), log(85), log(21)])],
+    "tdpo1": [({}, [ell(0.1), ell(0.1), ell(-0.2)]), ({"beta": 1.0}, [ell(1), ell(1), ell(-2)])],
+    "tdpo2": [({}, [ell(0.15), ell(0.05), ell(-0.25)]), ({"beta": 1.0, "alpha": 2.0}, [ell(0), ell(2), ell(-1)])],
     "soft": [({}, [ell(0.2) + sig(-1) * 0.2, log(2), ell(-0.3) - 0.15]),
              ({"beta": 1.0, "unit": 0.5}, [ell(2) + sig(-2) * 2, log(2), ell(-3) - 1.5])],
     "soft-square": [({}, [0.64, 1, 0.09]), ({"beta": 1.0, "unit": 0.5}, [0, 4, 9])],
@@ -176,7 +178,7 @@ def short(policy: Tensor, reference: Tensor, length: Tensor) -> Side:
     """A side whose first token is all there is to it; the rest is forced. Its score is its place."""
     score = torch.arange(len(length), dtype=length.dtype)
     return Side(policy, reference, length, tokens=(policy - reference)[:, None], collision=torch.zeros_like(length), score=score,
-                member=torch.stack([score, -score], 1))  # fmt: skip
+                member=torch.stack([score, -score], 1), kl=torch.zeros_like(length))  # fmt: skip
 
 
 def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Side, Side]:
@@ -188,7 +190,7 @@ def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype =
         policy = -length * rng.uniform(1, 4, size=size)
         tokens = np.where(np.arange(40) < length[:, None], spread * rng.normal(size=(size, 40)), 0)
         columns = (policy, policy - tokens.sum(1), length, tokens, -length * rng.uniform(1, 4, size=size), rng.normal(size=size),
-                   rng.normal(size=(size, 3)))  # fmt: skip
+                   rng.normal(size=(size, 3)), rng.uniform(0, 3, size=size))  # fmt: skip
         return Side(*(torch.tensor(x, dtype=dtype) for x in columns))
 
     return side(), side()
@@ -228,7 +230,7 @@ def test_line_of_the_table(name):
     loss = LOSSES[name]
     assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws"} and loss.source
     assert loss.reference in {"none", "token", "distribution"}
-    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member"}
+    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member", "kl"}
     data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order",
             "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples"}
     free = loss.reference == "none" or name in data
@@ -301,6 +303,7 @@ def test_golden(name):
     5 + .5 * 2 = 6: (29/16)(6/4), 29/(.5 * 2), 29. lipo: its docstring. s-dpo: 1 + 3/4, (1 + 2)(1 + 4), 7; 1 + 5/16, 5 * 17, 21.
     kto (`verdicts.WORKED`: a = 1, -1, 0; good, bad, good; z0 = .5): beta(a - z0) = .05, beta(z0 - a) = .15, beta(a - z0) = -.05;
     at beta 1 and weights 2 and 3: .5, 1.5, -.5, so 2(1 - .622459), 3(1 - .817574), 2(1 - .377541) = .755081, .547277, 1.244919.
+    tdpo: K_l - K_w = 1, -1, -1: D - 1 (1, -1, -1) = 1, 1, -2; times .5 1.5, .5, -2.5; times 2: 0, 2, -1.
     soft-*, rebel (`distill.WORKED`: the same pairs, d = 1, -1, 0, members (1, 3), (-1, 1), (-1, -3)): m = .2, 0, -.3; at beta 1, unit .5
     m = 2, 0, -3 against 2, -2, 0 and, what the members are sure of, t = 2, 0, -2. soft is -ls(m) + (1-s) m. rebel: D - eta d.
     value, value-quantile (`values.WORKED`: a = 1, 0, -2; rewards 0, ln 3 of one prompt, 2 of another): Z = (1 + 3)/2, at beta .5 (1 + 9)/2,
@@ -315,7 +318,7 @@ def test_golden(name):
 @pytest.mark.parametrize("name", STARTING)
 def test_value_where_policy_is_reference(name):
     """ln 2 for the logistic losses, 1/(4 tau^2) for IPO, 1 for hinge, half the weight for KTO; at odd arguments too."""
-    chosen, rejected = (replace(s, policy=s.reference, tokens=0 * s.tokens) for s in batch(6))
+    chosen, rejected = (replace(s, policy=s.reference, tokens=0 * s.tokens, kl=0 * s.kl) for s in batch(6))
     loss = LOSSES[name]
     for numbers in (arguments(name), {k: v if k == "keep" else 0.7 * v for k, v in arguments(name).items()}):
         if loss.kind == "scored":

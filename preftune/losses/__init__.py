@@ -41,13 +41,14 @@ class Loss:
             kind 'values', scored responses: `f(side: Side, draws: values.Draws, *, ...) -> (B,)`; kind 'draws', samples of the
             reference: `f(side: Side, *, ...) -> (B,)`.
         kind: which view of the judgements it reads.
-        reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution'.
+        reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution' (that, and the reference
+            itself, run beside the policy at every step).
         soft: what P(w preferred) means for it, see `expected`. 'swap': P f(w,l) + (1-P) f(l,w). 'ignore': only which side is
             likelier. 'refuse': it reads hard verdicts, so labels cannot be smoothed.
         source: paper and equation.
         separable: a step's loss is a sum over items, so micro-batches need one forward; False = batch statistics, two.
         mismatched: needs each prompt with another record's response (KTO's z0).
-        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member'.
+        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'kl' (reference='distribution').
         partition: its Z is estimated from samples, so their number and weights decide whether it can be trained at all.
         reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
         start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
@@ -238,6 +239,8 @@ LOSSES: Mapping[str, Loss] = {
     "wpo": Loss(tokenwise.wpo, "pairs", "token", "swap", "arXiv:2406.11827, Eq. 2", needs=("collision",)),
     "ld-dpo": Loss(tokenwise.ld_dpo, "pairs", "token", "swap", "arXiv:2409.06411", needs=("tokens",), start=_ln2),
     "d2po": Loss(tokenwise.d2po, "pairs", "token", "swap", "arXiv:2502.14340", needs=("tokens",), start=_ln2),
+    "tdpo1": Loss(tokenwise.tdpo1, "pairs", "distribution", "swap", "arXiv:2404.11999", needs=("kl",), start=_ln2),
+    "tdpo2": Loss(tokenwise.tdpo2, "pairs", "distribution", "swap", "arXiv:2404.11999", needs=("kl",), start=_ln2),
     "alpha-dpo": Loss(batchwise.alpha_dpo, "pairs", "token", "swap", "arXiv:2410.10148", separable=False, reads=MEAN_POLICY),
     "beta-dpo": Loss(batchwise.beta_dpo, "pairs", "token", "swap", "arXiv:2407.08639", separable=False, start=_ln2,
                      carry=batchwise.UNMOVED, update=batchwise.beta_dpo_update),

@@ -28,7 +28,9 @@ class Side:
         length: (B,) response tokens counted, at least 1.
         tokens: (B, T) log pi - log ref token by token, zero after the end; only for losses that need 'tokens'.
         collision: (B,) sum over tokens of log sum_v pi(v)^2, without gradient; only for losses that need 'collision'.
-        score: (B,) reward of the response; NaN where it has none. member: (B, M) what each member of an ensemble says of it.
+        score: (B,) the data's own reward of the response, NaN where it has none; only for losses that need 'score'.
+        member: (B, M) what each member of an ensemble says of it; only for losses that need 'member'.
+        kl: (B,) sum over its tokens of KL(ref(.|s_t)||pi(.|s_t)), with gradient; only for losses that need 'kl'.
     """
 
     policy: Tensor
@@ -38,6 +40,7 @@ class Side:
     collision: Tensor | None = None
     score: Tensor | None = None
     member: Tensor | None = None
+    kl: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """The same with every column changed."""
@@ -68,9 +71,9 @@ def _row(*numbers: float) -> Tensor:
 
 
 WORKED = (
-    Side(policy=_row(-2, -3, -6), reference=_row(-3, -3, -4), length=_row(2, 3, 4), collision=_row(-2, -4.5, -10),
+    Side(policy=_row(-2, -3, -6), reference=_row(-3, -3, -4), length=_row(2, 3, 4), collision=_row(-2, -4.5, -10), kl=_row(0.5, 1, 2),
          tokens=torch.stack([_row(1.5, -0.5, 0, 0), _row(0, 0, 0, 0), _row(-1, -0.5, -0.5, 0)])),
-    Side(policy=_row(-5, -8, -2), reference=_row(-4, -8, -3), length=_row(4, 4, 1), collision=_row(-3, -6, -2.5),
+    Side(policy=_row(-5, -8, -2), reference=_row(-4, -8, -3), length=_row(4, 4, 1), collision=_row(-3, -6, -2.5), kl=_row(1.5, 0, 1),
          tokens=torch.stack([_row(-1, 0.5, -0.5, 0), _row(0, 0, 0, 0), _row(1, 0, 0, 0)])),
 )  # fmt: skip
 """Three pairs for hand work. a_w = 1, 0, -2 and a_l = -1, 0, 1, so D = 2, 0, -3; per token a_w/n_w - a_l/n_l = .75, 0, -1.5;

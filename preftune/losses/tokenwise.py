@@ -1,6 +1,7 @@
-"""Losses over pairs that look inside a response: they read `Side.tokens` or `Side.collision`. Touches torch only.
+"""Losses over pairs that look inside a response: they read `Side.tokens`, `Side.collision` or `Side.kl`. Touches torch only.
 
 Token by token the worked pairs have log-ratios w: (1.5, -.5), zeros, (-1, -.5, -.5, 0) and l: (-1, .5, -.5, 0), zeros, (1).
+Sums over prefixes of KL(ref||pi): w .5, 1, 2 and l 1.5, 0, 1.
 Try it: `pytest preftune/losses/tokenwise.py`.
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .pairs import WORKED, Side
 
-__all__ = ["WORKED", "d2po", "ld_dpo", "wpo"]
+__all__ = ["WORKED", "d2po", "ld_dpo", "tdpo1", "tdpo2", "wpo"]
 
 
 def _place(side: Side) -> Tensor:
@@ -65,3 +66,27 @@ def wpo(chosen: Side, rejected: Side, *, beta: float = 0.01, cap: float = 1.0) -
     """
     likely = sum((s.policy.detach() - s.collision) / s.length for s in (chosen, rejected))
     return -torch.exp(likely).clamp(max=cap) * F.logsigmoid(beta * (chosen.ratio - rejected.ratio))
+
+
+def tdpo1(chosen: Side, rejected: Side, *, beta: float = 0.1) -> Tensor:
+    """TDPO1: -ls(m - beta (K_l - K_w)), K = sum over a response's prefixes of KL(ref||pi), with gradient.  arXiv:2404.11999.
+
+    m = .2, 0, -.3 less .1 (1, -1, -1): .1, .1, -.2.
+
+    >>> tdpo1(*WORKED)
+    tensor([0.6444, 0.6444, 0.7981], dtype=torch.float64)
+    """
+    assert chosen.kl is not None and rejected.kl is not None, "this loss declares needs=('kl',)"
+    return -F.logsigmoid(beta * (chosen.ratio - rejected.ratio - (rejected.kl - chosen.kl)))
+
+
+def tdpo2(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
+    """TDPO2: -ls(m - alpha beta (K_l - K_w)), K as in TDPO1 but K_w without gradient: only the rejected side is held.  arXiv:2404.11999.
+
+    m = .2, 0, -.3 less .05 (1, -1, -1): .15, .05, -.25.
+
+    >>> tdpo2(*WORKED)
+    tensor([0.6210, 0.6685, 0.8259], dtype=torch.float64)
+    """
+    assert chosen.kl is not None and rejected.kl is not None, "this loss declares needs=('kl',)"
+    return -F.logsigmoid(beta * (chosen.ratio - rejected.ratio - alpha * (rejected.kl - chosen.kl.detach())))

@@ -19,7 +19,7 @@ def _page(template: str, **contents: Any) -> str:
 
     page = Environment(loader=PackageLoader("preftune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                        finalize=lambda found: found if isinstance(found, Markup) else visible(found))  # fmt: skip
-    page.filters |= {"marked": marked, "interval": interval, "number": number, "percent": lambda x: f"{100 * x:.1f}%"}
+    page.filters |= {"shade": shade, "marked": marked, "interval": interval, "number": number, "percent": lambda x: f"{100 * x:.1f}%"}
     return page.get_template(template).render(**contents)
 
 
@@ -35,6 +35,12 @@ def interval(value: float | None, low: float | None, high: float | None, digits:
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def shade(value: float | None, largest: float) -> str:
+    """A background for a token: green where it adds to the reward, orange where it takes away, the stronger the more."""
+    share = 0.0 if value is None or largest == 0 else min(1.0, abs(value) / largest)
+    return f"background: color-mix(in srgb, var(--{'green' if (value or 0) > 0 else 'orange'}) {70 * share:.0f}%, transparent)"
 
 
 def reliability_svg(bins: list[Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import certainty, models, reference, report, runs
+from .. import certainty, evaluate, models, reference, report, runs
 from ..config import Evaluate, data_source, loss_terms
 from ..errors import DataError, UsageError
 from ..evaluate import Spoken, distinct, divergences, judged, kl_summary, read_out, repeated, speak
@@ -28,6 +28,7 @@ from ..rewards import Scorer, scorer
 from ..screen import bar, clean, say
 from ..store import MISMATCHED, Store, build
 from ..tokens import Codec, encode_prompt, make_codec
+from .data import pieces
 
 LONGER = "longer answer"  # what a rule without any sense of quality would say
 GRAM = 4  # a sequence of so many tokens that comes again is a repetition
@@ -75,8 +76,8 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
     options = of_run(options)
     terms = loss_terms(options)
     objective = preference(terms, label_smoothing=options.label_smoothing or 0.0)
-    if options.reference is None and (objective.reference != "none" or options.implicit):
-        what = "--implicit" if options.implicit else f"the loss {objective.name}"
+    if options.reference is None and (objective.reference != "none" or options.implicit or options.tokens):
+        what = "--implicit" if options.implicit else "--tokens" if options.tokens else f"the loss {objective.name}"
         raise UsageError(f"{what} needs --reference MODEL: {options.model} is no run folder that would name it")
     device = models.pick_device(options.device)
     rules = [scorer(spec, device=device, dtype=options.dtype, offline=options.offline) for spec in options.reward]
@@ -91,8 +92,8 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
         frozen, _ = models.load(options.reference, dtype=options.dtype, device=device, offline=options.offline)
         weights = models.weights_fingerprint(options.reference, offline=options.offline)
     subject = Subject(model, frozen, codec, tokenizer, device, weights)
-    files = [_file(name, reading.records, subject, objective, rules, options) for name, reading in readings.items()]
     beta = next((numbers[key] for _, _, numbers in terms for key in ("beta", "tau") if key in numbers), None)
+    files = [_file(name, reading.records, subject, objective, rules, options, beta) for name, reading in readings.items()]
     facts: dict[str, Any] = {
         "model": options.model, "reference": options.reference, "loss": objective.name, "beta": beta, "implicit": options.implicit,
         "rewards": options.reward, "seed": options.seed, "sampling": {"temperature": 1.0, "top_p": 1.0, "k": options.k,
@@ -103,10 +104,11 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
 
 
 def _file(name: str, records: Sequence[Record], subject: Subject, objective: Objective, rules: Sequence[Scorer],
-          options: Evaluate) -> dict[str, Any]:  # fmt: skip
+          options: Evaluate, beta: float | None) -> dict[str, Any]:  # fmt: skip
     """Every number about one data file."""
     longest = options.max_length or models.window_of(subject.model.config)
-    store, intake = build(records, subject.codec, max_length=longest, mismatched=objective.mismatched)
+    store, intake = build(records, subject.codec, max_length=longest, mismatched=objective.mismatched,
+                          members="member" in objective.needs, weights=subject.weights or None)  # fmt: skip
     for reason, count in intake.dropped.most_common():
         say(f"{name}: left out {count}: {reason}")
     learn = np.flatnonzero(judged(store, objective)) if len(store) else np.array([], int)
@@ -123,24 +125,46 @@ def _file(name: str, records: Sequence[Record], subject: Subject, objective: Obj
                                                       device=subject.device, progress=advance)  # fmt: skip
     # A loss without a reference still shows how far the answers' log-probs moved, and --implicit needs them.
     seeing = objective if subject.frozen is None or objective.reference != "none" else replace(objective, reference="token")
+    seeing = replace(seeing, frozen=subject.frozen)
     with bar("scoring", len(learn)) as advance:
         whole, table, loss = read_out(subject.model, seeing, store, learn, columns, micro_tokens=options.micro_tokens,
                                       device=subject.device, progress=advance)  # fmt: skip
     found = {key: values.double().cpu().numpy() for key, values in objective.metrics(whole, table).items() if len(values)}
     facts: dict[str, Any] = {"file": name, "records": len(kept), "left_out": dict(intake.dropped), "prompts": len(set(prompt.tolist())),
                              "metrics": {"loss": loss}}  # fmt: skip
-    pair = table.pair.cpu().numpy()
+    pair = objective.compares(table).cpu().numpy()
     if len(pair):
         cluster = prompt[table.record.cpu().numpy()[pair[:, 0]]]
-        facts |= _pairs(found, table.pair_prob.cpu().numpy(), cluster, options.seed)
+        prob = table.pair_prob.cpu().numpy() if objective.compares(table) is table.pair else np.ones(len(pair))
+        facts |= _pairs(found, prob, cluster, options.seed)
         facts["subsets"] = _subsets(found["rewards/accuracies"], [kept[r] for r in table.record.cpu().numpy()[pair[:, 0]]], cluster)
         if options.implicit or rules:
             ratio = whole.ratio.cpu().numpy() if options.implicit else None
             facts |= _judges(ratio, rules, kept, store, learn, pair, cluster)
     facts["metrics"] = {"loss": loss} | facts["metrics"] | {key: float(v.mean()) for key, v in found.items() if key not in facts["metrics"]}
+    if options.tokens:
+        facts["tokens"] = _credit(subject, store, learn[: options.tokens], columns["reference"], beta or 1.0, options)
     if options.sample_prompts:
         facts |= _samples(kept, subject, rules, options)
     return facts
+
+
+def _credit(subject: Subject, store: Store, records: np.ndarray, column: np.ndarray, beta: float,
+            options: Evaluate) -> list[dict[str, Any]]:  # fmt: skip
+    """Every response of these records with what each of its tokens adds to beta (log pi - log ref); null where a token is not trained."""
+    rewards = evaluate.token_rewards(subject.model, store, records, column, beta=beta, micro_tokens=options.micro_tokens,
+                                     device=subject.device)  # fmt: skip
+    out = []
+    for record in records.tolist():
+        for segment in range(store.record_start[record], store.record_start[record + 1]):
+            if store.response[segment] >= 0:
+                mine = slice(store.start[segment], store.start[segment + 1])
+                chain = np.concatenate([store.tokens[store.start[s] : store.start[s + 1]] for s in store.chain(segment)])
+                texts = pieces(subject.codec, chain.tolist())[-(mine.stop - mine.start) :]
+                values = [None if np.isnan(v) else float(v) for v in rewards[mine]]
+                out.append({"record": store.where[record], "response": int(store.response[segment]),
+                            "reward": float(np.nansum(rewards[mine])), "tokens": [list(each) for each in zip(texts, values, strict=True)]})
+    return out
 
 
 def _pairs(found: Mapping[str, np.ndarray], prob: np.ndarray, cluster: np.ndarray, seed: int) -> dict[str, Any]:
