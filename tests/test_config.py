@@ -279,6 +279,7 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Compare, "--answers pairs.jsonl other.jsonl --dry-run", "--dry-run has no effect: nothing is sampled"),
     (Evaluate, "--model model --data pairs.jsonl --sample-prompts 0 --k 2", "--k has no effect: --sample-prompts is 0"),
     (Evaluate, "--model model --data pairs.jsonl --sample-prompts 0 --sample-tokens 9", "--sample-tokens has no effect: --sample-prompts"),
+    (Evaluate, "--model model --data pairs.jsonl --tokens 2", "--tokens is written to --output or --page: name one"),
     (Evaluate, "--model model --data pairs.jsonl --output a.html", "--output must end with .json"),
     (Evaluate, "--model model --data pairs.jsonl --page a.json", "--page must end with .html"),
     (Evaluate, "--model model --data pairs.jsonl --loss simpoo", "did you mean 'simpo'?"),

@@ -269,7 +269,8 @@ def test_ten_thousand_noisy_prompts():
         verdict = right ^ (rng.random(10_000) < flip)
         wins[i, j], wins[j, i] = verdict.sum(), (~verdict).sum()
     truth = B4.reward - B4.reward[0]
-    for name, smoothing, numbers, bound in (("sigmoid", 0.0, {}, 0.085), ("sigmoid", 0.1, {}, 0.085), ("robust", 0.0, {"noise": flip}, 0.21)):
+    cases = (("sigmoid", 0.0, {}, 0.085), ("sigmoid", 0.1, {}, 0.085), ("robust", 0.0, {"noise": flip}, 0.21))
+    for name, smoothing, numbers, bound in cases:
         population = fitted(name, np.round(1e12 * seen), smoothing, **numbers)
         assert np.abs(fitted(name, wins, smoothing, **numbers) - population).max() < bound, (name, smoothing)
         if name == "robust":
