@@ -246,12 +246,12 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
         return taken.shelf[int(kept[record])].prompt
 
     looked_at, some = _probe(model, store, train, codec, texts) if task.prompts else (store, train)
-    itself = replace(objective, frozen=None if options.adapter == "continue" else model)  # the policy as it stands is the reference
+    itself = _beside(objective, None if options.adapter == "continue" else model)  # the policy as it stands is the reference
     found = selfcheck.check(model, looked_at, some, itself, columns, codec, dtype=options.dtype, device=device, fresh=not task.prompts)
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
     model, frozen, trained = what_trains(model, options, device, frozen_too=task.prompts or objective.reference == "distribution")
-    objective = replace(objective, frozen=frozen)
+    objective = _beside(objective, frozen)
     lr, reason = engine.auto_rate(size, lora=bool(options.lora) or options.adapter == "continue", supervised=objective.reads == "responses")
     lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
     say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
@@ -379,6 +379,11 @@ def memory(setup: Setup, options: Training, answers: int = 0) -> dict[str, int] 
     say(estimate.describe(needs))
     estimate.require(needs, setup.device, checkpointing=options.gradient_checkpointing)
     return needs.numbers()
+
+
+def _beside(objective: Any, frozen: Any | None) -> Any:
+    """The objective with the reference that it runs beside the policy, where it does."""
+    return replace(objective, frozen=frozen) if objective.reference == "distribution" else objective
 
 
 def what_trains(model: Any, options: Training, device: str, *, frozen_too: bool) -> tuple[Any, Any | None, dict[str, Any]]:
@@ -521,7 +526,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
             save()
         stop.check(save, task.verb, folder)
         steps = _steps(task, options, setup, state, kept, found, state.step if over() else total)
-        objective = replace(setup.objective, frozen=state.moving.model) if state.moving else setup.objective
+        objective = _beside(setup.objective, state.moving.model) if state.moving else setup.objective
         for line in engine.train(state, steps, objective, where=setup.store.where, auto_micro=options.auto_micro):
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
