@@ -255,7 +255,6 @@ class OnlineDpo(Losses, OnPolicy):
     EXAMPLE = "preftune online --model MODEL --data prompts.txt --reward python:judge.py:judge --output runs/online"
     passes: int = option(1, "passes over the pairs of a round", group="training", low=1)
     pairs: str = option("best-worst", "which answers of a prompt make its pair: the best and the worst, or two at random", group="training", choices=("best-worst", "random"))
-    optimism: float = option(0.0, "XPO: weight of the log-prob of an answer of the reference, which one more answer per prompt is", group="training", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -800,6 +799,11 @@ def loss_terms(options: Losses | Evaluate, labels: Mapping[str, str] | None = No
     return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
 
 
+def reads_draws(options: OnlineDpo) -> bool:
+    """Whether a term of the loss reads samples of the reference, so that each prompt gets one."""
+    return any(loss_facts()[name].kind == "draws" for _, name in parse_loss(options.loss))
+
+
 def kl_place(options: Ppo) -> str:
     """Where the KL of ppo stands: 'reward', or the loss that it is, 'k2' or 'k3'. GRPO's own place is k3: over the spread of a group
     whose rewards are equal, a KL in the reward would be all there is."""
@@ -957,7 +961,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Ppo,), "kl_target", lambda o: o.beta == 0, "has nothing to steer: --beta is 0"),
     ((Ppo,), "kl_target", lambda o: kl_place(o) != "reward", "steers the KL in the reward: give --kl reward"),
     ((Ppo,), "kl", lambda o: o.beta == 0, "has no effect: --beta is 0"),
-    ((OnlineDpo,), "k", lambda o: o.k == 1 and not o.optimism, "must be at least 2: pairs are made of a prompt's answers"),
+    ((OnlineDpo,), "k", lambda o: o.k == 1 and not reads_draws(o), "must be at least 2: pairs are made of a prompt's answers"),
     ((Score, Pair), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),
     ((Export,), "output", lambda o: o.output == o.run, "is the run folder itself; name a folder that does not exist yet"),

@@ -25,7 +25,7 @@ from .errors import NumericsError
 from .losses import onpolicy
 from .objectives import Terms
 from .readout import as_reference, hidden_states, packs, token_logps, token_scalars
-from .records import Judgement, Record, Text
+from .records import Judgement, Record, Response, Text
 from .sampling import Sample, sample
 from .store import Store, from_ids
 from .tokens import Codec, end_ids
@@ -129,8 +129,8 @@ class Round:
 
     Args:
         records: (P,) of the source. ids: per prompt, per answer its ids. columns: per token of `store`, by name.
-        pair: (P, 2) chosen and rejected answer of each prompt, -1 where it makes none; None where answers are not paired.
-        judged: whether the last answer of each prompt is the reference's and has a verdict.
+        pair: (P, 2) chosen and rejected answer of each prompt, -1 where it makes none; score: (P, K) rewards. None where answers are not
+            paired. drawn: whether the last answer of each prompt is the reference's.
     """
 
     records: np.ndarray
@@ -138,7 +138,8 @@ class Round:
     columns: dict[str, np.ndarray]
     store: Store
     pair: np.ndarray | None = None
-    judged: bool = False
+    score: np.ndarray | None = None
+    drawn: bool = False
 
 
 @dataclass
@@ -170,8 +171,9 @@ def tensors(kept: Kept) -> dict[str, Tensor]:
         return {}
     flat = [ids for row in now.ids for ids in row]
     found = {"records": now.records, "answers": np.array([len(row) for row in now.ids]), "lengths": np.array([len(ids) for ids in flat]),
-             "ids": np.array([i for ids in flat for i in ids]), "judged": np.array([now.judged])}  # fmt: skip
-    found |= {f"column/{name}": values for name, values in now.columns.items()} | ({} if now.pair is None else {"pair": now.pair})
+             "ids": np.array([i for ids in flat for i in ids]), "drawn": np.array([now.drawn])}  # fmt: skip
+    found |= {name: values for name, values in (("pair", now.pair), ("score", now.score)) if values is not None}
+    found |= {f"column/{name}": values for name, values in now.columns.items()}
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
 
 
@@ -185,15 +187,18 @@ def restore(kept: Kept, source: Source, saved: Mapping[str, Any], rollout: Mappi
     flat = iter(np.split(found["ids"], np.cumsum(found["lengths"])[:-1]))
     ids = [[tuple(next(flat).tolist()) for _ in range(n)] for n in found["answers"]]
     columns = {name.removeprefix("column/"): values for name, values in found.items() if name.startswith("column/")}
-    pair, judged = found.get("pair"), bool(found["judged"][0])
-    kept.round = Round(found["records"], ids, columns, _stored(source, found["records"], ids, pair, judged), pair, judged)
+    pair, score, drawn = found.get("pair"), found.get("score"), bool(found["drawn"][0])
+    kept.round = Round(found["records"], ids, columns, _stored(source, found["records"], ids, pair, score, drawn), pair, score, drawn)
 
 
-def _stored(source: Source, records: np.ndarray, ids: list[list[tuple[int, ...]]], pair: np.ndarray | None, judged: bool) -> Store:
+def _stored(source: Source, records: np.ndarray, ids: list[list[tuple[int, ...]]], pair: np.ndarray | None = None,
+            score: np.ndarray | None = None, drawn: bool = False) -> Store:  # fmt: skip
     """The answers as a store, with what is said of them."""
-    said = [Record("", (), () if pair is None or pair[i, 0] < 0 else (Judgement(tuple((int(j),) for j in pair[i])),),
-                   (*(None,) * (len(row) - 1), False) if judged else None) for i, row in enumerate(ids)]  # fmt: skip
-    return from_ids([source.prompt(int(r)) for r in records], ids, said)
+    said = None
+    if pair is not None and score is not None:
+        said = [Record("", tuple(Response("", score=float(x)) for x in row), () if i < 0 else (Judgement(((int(i),), (int(j),))),))
+                for row, (i, j) in zip(score, pair, strict=True)]  # fmt: skip
+    return from_ids([source.prompt(int(r)) for r in records], ids, said, drawn=[len(ids[0]) - 1] if drawn else [])
 
 
 def draw(source: Source, records: np.ndarray, number: int, *, reference: bool = False, k: int = 0) -> list[list[Sample]]:
@@ -291,7 +296,7 @@ def credited(rules: Credit, source: Source, kept: Kept, records: np.ndarray, num
     samples = draw(source, records, number)
     ids = [[s.ids for s in row] for row in samples]
     raw = score(source, records, ids, np.array([s.finished for row in samples for s in row]))
-    store = _stored(source, records, ids, None, False)
+    store = _stored(source, records, ids)
     columns, facts = credit(rules, source, kept, store, raw)
     sampled = np.array([p for row in samples for s in row for p in s.logps])
     gap = np.abs(sampled - columns["old"][store.trained])
@@ -384,29 +389,30 @@ def alarms(kept: Kept, source: Source, raw: np.ndarray, samples: Sequence[Sequen
 
 
 def paired(source: Source, kept: Kept, records: np.ndarray, number: int, *, best_worst: bool, reference: bool,
-           optimism: bool) -> tuple[Round, dict[str, Any]]:  # fmt: skip
+           drawn: bool) -> tuple[Round, dict[str, Any]]:  # fmt: skip
     """A round of online preference tuning: each prompt's answers as one pair, better by the reward.
 
     Args:
         best_worst: the best and the worst answer of each prompt; else two of them at random. reference: whether the loss reads it.
-        optimism: one more answer per prompt comes from the reference; it may be half of a pair, and has a verdict (XPO).
+        drawn: one more answer per prompt comes from the reference; it may be half of a pair (XPO).
     """
     began = time.perf_counter()
     samples = draw(source, records, number)
     own = np.array([p for line in samples for s in line for p in s.logps])
-    if optimism:
+    if drawn:
         samples = [[*mine, *theirs] for mine, theirs in zip(samples, draw(source, records, number, reference=True, k=1), strict=True)]
     ids = [[s.ids for s in row] for row in samples]
     raw = score(source, records, ids, np.array([s.finished for row in samples for s in row]))
-    pair, margin = pairs_of(raw.reshape(len(records), -1), best_worst=best_worst, seed=[source.seed, 2, number])
-    store = _stored(source, records, ids, pair, optimism)
+    scores = raw.reshape(len(records), -1)
+    pair, margin = pairs_of(scores, best_worst=best_worst, seed=[source.seed, 2, number])
+    store = _stored(source, records, ids, pair, scores, drawn)
     columns = read(source, store, policy=False, reference=True) if reference else {}
-    per = raw.reshape(len(records), -1)[:, : source.k]
+    per = scores[:, : source.k]
     entropy = -own.sum() / per.size
     facts = {"objective/scores": per.mean(), "objective/scores_margin": margin.mean(), "objective/entropy": entropy,
              "objective/ties": (pair[:, 0] < 0).sum(), "val/num_eos_tokens": sum(s.finished for line in samples for s in line[: source.k]),
              "rollout/length": len(own) / per.size, "alarms": alarms(kept, source, raw, samples, entropy)}  # fmt: skip
-    return Round(records, ids, columns, store, pair, optimism), plain(facts) | speed(began, own)
+    return Round(records, ids, columns, store, pair, scores, drawn), plain(facts) | speed(began, own)
 
 
 def pairs_of(scores: np.ndarray, *, best_worst: bool, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

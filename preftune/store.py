@@ -322,17 +322,19 @@ def _with_others(kept: Iterable[tuple[Record, Encoded]]) -> Iterator[tuple[Recor
 
 
 def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
-             said: Sequence[Record] | None = None) -> Store:  # fmt: skip
+             said: Sequence[Record] | None = None, drawn: Sequence[int] = ()) -> Store:  # fmt: skip
     """A store of rollouts: token ids as they were sampled, never re-tokenised text. One record a prompt.
 
     Args:
         prompts: per record its ids. responses: per record, per sample, its ids (none empty).
-        said: per record what was said of its responses (their texts are not read). Default: nothing.
+        said: per record what was said of its responses: judgements, labels, scores; their texts are not read. Default: nothing.
+        drawn: which of a record's responses are samples of the reference.
     """
     columns = _Columns()
     for prompt, answers, record in zip(prompts, responses, said or [Record("", ())] * len(prompts), strict=True):
         root = columns.prompt(prompt)
         for i, ids in enumerate(answers):
-            columns.segment(ids, (True,) * len(ids), root, i)
+            score = record.responses[i].score if record.responses else None
+            columns.segment(ids, (True,) * len(ids), root, i, score=score, drawn=i in drawn)
         columns.close(record, root)
     return columns.freeze()

@@ -90,7 +90,7 @@ LONG_FUNCTIONS: dict[str, str] = {}  # 'room.function': why it is one piece
 OPTIONS_ARE_CALLED = {"options"}
 # A room that a stage uses -> rooms that get its options whole.
 READ_FOR_STAGES = {"pipeline": ("pipeline", "intake"), "endpoints": ("endpoints",)}
-READERS_IN_CONFIG = {"loss_terms", "kl_place"}  # functions of config.py that stages call to read options for them
+READERS_IN_CONFIG = {"loss_terms", "kl_place", "reads_draws"}  # functions of config.py that stages call to read options for them
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

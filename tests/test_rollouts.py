@@ -61,7 +61,7 @@ PPO = {
 ONLINE = {
     "dpo": {},
     "moving": {"reference_update": "hard", "reference_every": 2, "k": 3, "pairs": "random", "passes": 2},
-    "xpo": {"k": 1, "optimism": 1e-2, "loss": "ipo-sum", "rollout_prompts": 4},
+    "xpo": {"k": 1, "loss": "ipo-sum+0.01*optimism", "rollout_prompts": 4},
 }
 
 
@@ -222,3 +222,5 @@ def test_prompts_are_read_from_anything_and_refusals_are_told(world, tmp_path):
         ppo.run(replace(options, output=str(tmp_path / "empty"), data=[str(tmp_path / "none.txt")]))
     with pytest.raises(UsageError, match="online takes losses over pairs"):
         online.run(OnlineDpo(**common(world, tmp_path / "kto") | {"loss": "kto"}))
+    with pytest.raises(UsageError, match="needs --temperature 1"):
+        online.run(OnlineDpo(**common(world, tmp_path / "kto") | {"loss": "sigmoid+0.1*optimism", "temperature": 0.5}))

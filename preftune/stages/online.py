@@ -1,21 +1,18 @@
 """`preftune online`: pairs of the policy's own answers, judged by a reward while it learns; any loss of the table on them.
 
 Each round samples answers from the policy as it stands, scores them, and takes steps on a pair of each prompt's. The reference is the
-model as it was given, or follows by --reference-update; KL is always reported to the former. XPO is `--k 1 --optimism 1e-5`.
+model as it was given, or follows by --reference-update; KL is always reported to the former. XPO is `--k 1 --loss sigmoid+1e-5*optimism`.
 What else happens, and what is written, is `pipeline`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 from .. import pipeline, rollouts
-from ..batches import Table
-from ..config import OnlineDpo, loss_terms
+from ..config import OnlineDpo, loss_terms, reads_draws
 from ..errors import UsageError
-from ..objectives import Columns, Objective, Terms, preference
+from ..objectives import Objective, preference
 from ..records import Record
 
 
@@ -25,21 +22,13 @@ def run(options: OnlineDpo) -> int:
 
 
 def objective(options: OnlineDpo) -> Objective:
-    """The losses that the options name, and XPO's term. Raises UsageError for a loss that online pairs cannot feed."""
+    """The losses that the options name. Raises UsageError for one that pairs of a round, and a sample of the reference, cannot feed."""
     found = preference(loss_terms(options), label_smoothing=options.label_smoothing)
-    if found.mismatched or (options.optimism and found.reads != "pairs"):
+    if found.mismatched or found.reads not in ("pairs", "lists", "scores") or "values" in found.also or "member" in found.needs:
         raise UsageError(f"--loss {options.loss} does not learn from pairs alone: online takes losses over pairs, such as sigmoid")
-    return optimistic(found, options.optimism) if options.optimism else found
-
-
-def optimistic(base: Objective, weight: float) -> Objective:
-    """XPO: the loss and weight times log pi(y) of each prompt's answer from the reference, which is to become less likely.
-    arXiv:2405.21046, algorithm 1. The reference's answers are those with a verdict."""
-
-    def terms(columns: Columns, table: Table, carry: Mapping[str, float] | None = None) -> Terms:
-        return {**base.terms(columns, table, carry), "optimism": (weight * columns.policy[table.verdict].sum(), "verdicts")}
-
-    return replace(base, terms=terms, name=f"{base.name}+{weight:g}*optimism", start=None)
+    if reads_draws(options) and options.temperature != 1:
+        raise UsageError(f"--loss {options.loss} reads samples of the reference itself: it needs --temperature 1")
+    return found
 
 
 def select(record: Record, options: OnlineDpo) -> Record:
@@ -56,7 +45,7 @@ def moving(options: OnlineDpo) -> tuple[float, int] | None:
 def make(options: OnlineDpo) -> rollouts.Make:
     """How a round is made."""
     needed = objective(options).reference != "none"
-    return partial(rollouts.paired, best_worst=options.pairs == "best-worst", reference=needed, optimism=options.optimism > 0)
+    return partial(rollouts.paired, best_worst=options.pairs == "best-worst", reference=needed, drawn=reads_draws(options))
 
 
 def rounds(count: int, options: OnlineDpo) -> rollouts.Rounds:
