@@ -244,7 +244,7 @@ class Ppo(OnPolicy):
     lam: float = option(0.95, "lambda of gae: 1 trusts rewards alone, 0 the value alone", group="training", low=0, high=1)
     value: str = option("head", "value model: a head on the policy's states, which do not learn from it; or a copy of the policy with a head", group="training", choices=("head", "copy"))
     value_weight: float = option(0.1, "weight of the value loss", group="training", low=0, open_low=True)
-    value_lr: float = option(10.0, "learning rate of the value model, in learning rates of the policy", group="training", low=0, open_low=True)
+    value_lr: float = option(1.0, "learning rate of the value model, in learning rates of the policy", group="training", low=0, open_low=True)
     clip_value: float = option(0.2, "how far a value may move in a round before its loss stops falling", group="training", low=0, open_low=True)
 
 

@@ -310,7 +310,7 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Ppo, f"{ROLL} --advantage rloo --k 1", "--k must be at least 2: --advantage rloo"),
     (Ppo, f"{ROLL} --advantage rloo --no-whiten", "--whiten has no effect"),
     *((Ppo, f"{ROLL} --advantage rloo --{flag} {value}", f"--{flag} has no effect: there is a value model with --advantage gae only")
-      for flag, value in (("discount", 0.9), ("lam", 1), ("value", "copy"), ("value-weight", 1), ("value-lr", 1), ("clip-value", 1))),
+      for flag, value in (("discount", 0.9), ("lam", 1), ("value", "copy"), ("value-weight", 1), ("value-lr", 2), ("clip-value", 1))),
     (Ppo, f"{ROLL} --kl-horizon 100", "--kl-horizon has no effect without --kl-target"),
     (Ppo, f"{ROLL} --beta 0 --kl-target 2", "--kl-target has nothing to steer"),
     (Ppo, f"{ROLL} --advantage group --kl-target 2", "--kl-target steers the KL in the reward: give --kl reward"),
