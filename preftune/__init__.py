@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # huggingface_hub reads it once, when it is imported: so here, before anything is
 
 __all__ = ["Run", "__version__", "compare", "data_check", "data_convert", "dpo", "evaluation", "export", "load_run", "logprobs",
-           "pair", "rate", "sample", "score", "sft"]  # fmt: skip
+           "pair", "rate", "reward", "sample", "score", "sft"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

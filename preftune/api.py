@@ -220,6 +220,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dpo": _function("dpo", _train, "the Run"),
     "online": _function("online", _train, "the Run"),
     "ppo": _function("ppo", _train, "the Run"),
+    "reward": _function("reward", _train, "the Run; of an ensemble a Run that holds its members"),
     "sample": _function("sample", _rows, "the records as a list of dicts"),
     "score": _function("score", _rows, "the records as a list of dicts"),
     "pair": _function("pair", _rows, "the records as a list of dicts"),

@@ -42,6 +42,7 @@ from .config import (
     Ppo,
     Rate,
     Report,
+    Reward,
     Sample,
     Score,
     Sft,
@@ -78,6 +79,7 @@ VERBS: dict[str, Verb] = {
     "dpo": Verb(Dpo, "tune a model on preferences; the offline family, --loss picks", "train"),
     "online": Verb(OnlineDpo, "tune a model on pairs of its own answers, judged by a reward", "train"),
     "ppo": Verb(Ppo, "tune a model by reinforcement from a reward: PPO, RLOO, GRPO", "train"),
+    "reward": Verb(Reward, "train a reward model, or an ensemble: a score for every answer", "train"),
     "sample": Verb(Sample, "responses of a model to prompts", "make data"),
     "score": Verb(Score, "a reward for every response, or a judge's verdicts", "make data"),
     "pair": Verb(Pair, "scores into pairs, rankings, the best of n, rejection sampling", "make data"),
@@ -250,18 +252,23 @@ def verb_help(name: str, *, everything: bool = False) -> str:
     return "\n".join(lines).rstrip()
 
 
+KINDS = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings", "grades": "scores of single answers",
+         "scored": "scores", "values": "scores of samples", "draws": "samples of the reference"}  # fmt: skip
+
+
 def losses_help() -> str:
     """`--help-losses`: every loss with its formula, source, arguments and defaults, read from the text of losses/*.py."""
     paint = _paint()
     lines = [f"{paint['bold']}losses{paint['off']}  one, or a weighted sum: --loss sigmoid+0.1*nll", ""]
-    lines += ["a = log pi - log ref of a response, summed; n its tokens; w the chosen, l the rejected one; ls = log sigmoid", ""]
+    lines += ["a = log pi - log ref of a response, summed; n its tokens; w the chosen, l the rejected one; ls = log sigmoid;"]
+    lines += ["r = what a reward model says of a response: there a is r, and beta 1", ""]
     for name, facts in loss_facts().items():
         flags = "  ".join(f"--loss.{argument.replace('_', '-')} {default:g}" for argument, default in facts.arguments.items())
-        kind = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings", "scored": "scores",
-                "values": "scores of samples", "draws": "samples of the reference"}[facts.kind]
-        judged = facts.kind not in ("scored", "values", "draws")
+        judged = facts.kind not in ("scored", "values", "draws", "grades")
         labels = {"swap": "soft labels", "ignore": "", "refuse": "hard labels only" if judged else ""}[facts.soft]
-        traits = [kind, "no reference" if facts.reference == "none" else "", labels]
+        reader = {"no": "", "too": "reward models too", "only": "reward models only"}[facts.scalar]
+        free = facts.reference == "none" and facts.scalar != "only"
+        traits = [KINDS[facts.kind], "no reference" if free else "", labels, reader]
         lines += _row(name, facts.formula, paint, 16)
         lines += _row("", f"{', '.join(filter(None, traits))}; {facts.source}", paint, 16)
         lines += [*_row("", flags, paint, 16), ""] if flags else [""]

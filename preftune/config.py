@@ -132,7 +132,7 @@ class Judged(Computing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Judged):
+class Fitting(Judged):
     """What every verb that trains on files takes."""
 
     model: str | None = option(None, "model folder, run folder or hub name", required=True, reads="model")
@@ -151,17 +151,11 @@ class Training(Judged):
     # training
     lora: int = option(0, "LoRA rank; 0 trains all weights", group="training", low=0, shows="RANK")
     lora_alpha: float | None = option(None, "LoRA scale numerator. Default: twice the rank", group="training", low=0, open_low=True)
-    adapter: str = option("merge", "an adapter given as --model: merge it into its base (and train all weights, or a new adapter with --lora), or continue training it", group="training", choices=("merge", "continue"))
     freeze: str | None = option(None, "do not train these: embed, head, layers.0-11, or beginnings or patterns of weight names, with commas", group="training", shows="NAMES")
     lora_targets: str = option("all-linear", "modules that get LoRA: all-linear or comma-separated name endings", group="training", shows="NAMES")
     max_steps: int | None = option(None, "stop after this many optimiser steps", group="training", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a lower held-out loss", group="training", low=1)
     min_improvement: float = option(0.0, "what the held-out loss must fall by to count for --patience", group="training", low=0)
-    stop: str | None = option(None, "plateau: stop once the sampled reward is shown to be flat (docs/monitors.md); needs --eval-reward", group="training", choices=("plateau",))
-    plateau_window: int = option(6, "evaluations that --stop plateau looks at, the start not among them", group="training", low=4)
-    plateau_band: float | None = option(None, "change of the mean reward over that window which counts as none. Default: 0.2 standard deviations of one answer's reward", group="training", low=0, open_low=True)
-    kl_limit: float | None = option(None, "KL to the reference, in nats, above which no evaluation is kept by --stop plateau or --publish reward. Default: 0.05 per token", group="training", low=0, open_low=True)
-    kl_unit: str = option("token", "whether --kl-limit is per token or per answer (sequence)", group="training", choices=("token", "sequence"))
     schedule: str = option("linear", "learning rate after warm-up", group="training", choices=("linear", "cosine", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", group="training", low=0, high=1)
     optimiser: str = option("adamw", "adamw, rmsprop (as in the DPO paper), or adamw-8bit (needs the extra [8bit])", group="training", choices=("adamw", "rmsprop", "adamw-8bit"))
@@ -173,11 +167,6 @@ class Training(Judged):
     auto_micro: bool = option(False, "take a step that runs out of memory again in passes of half the size, and all later ones so; the loss is the same", group="machine")
     # evidence
     eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run, twenty with --stop plateau", group="evidence", low=1)
-    eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", group="evidence", shows="REWARD", pattern=REWARD)
-    eval_truth: str | None = option(None, "a second reward, for which --eval-reward is only a proxy: told beside it, watched by --stop plateau, compared for over-optimisation", group="evidence", shows="REWARD", pattern=REWARD)
-    eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=0)
-    sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
-    eval_samples: int = option(1, "samples per prompt", group="evidence", low=1)
     # keeping
     save_every: int | None = option(None, "steps between checkpoints. Default: at every evaluation", group="keeping", low=1)
     keep: int = option(2, "checkpoints kept", group="keeping", low=1)
@@ -185,6 +174,23 @@ class Training(Judged):
     track: list[str] = option([], "also send metrics to these: tensorboard, trackio, wandb (the extra [track])", group="keeping", choices=("tensorboard", "trackio", "wandb"), shows="NAME")
     allow_change: list[str] = option([], f"with --resume: go on although these changed since: {', '.join(CHANGES)}", group="keeping", choices=CHANGES, shows="WHAT")
     report: bool = option(True, "write report.html at the end", group="keeping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Fitting):
+    """What every verb that trains a policy takes: one that is sampled from, and may be an adapter that goes on."""
+
+    adapter: str = option("merge", "an adapter given as --model: merge it into its base (and train all weights, or a new adapter with --lora), or continue training it", group="training", choices=("merge", "continue"))
+    stop: str | None = option(None, "plateau: stop once the sampled reward is shown to be flat (docs/monitors.md); needs --eval-reward", group="training", choices=("plateau",))
+    plateau_window: int = option(6, "evaluations that --stop plateau looks at, the start not among them", group="training", low=4)
+    plateau_band: float | None = option(None, "change of the mean reward over that window which counts as none. Default: 0.2 standard deviations of one answer's reward", group="training", low=0, open_low=True)
+    kl_limit: float | None = option(None, "KL to the reference, in nats, above which no evaluation is kept by --stop plateau or --publish reward. Default: 0.05 per token", group="training", low=0, open_low=True)
+    kl_unit: str = option("token", "whether --kl-limit is per token or per answer (sequence)", group="training", choices=("token", "sequence"))
+    eval_reward: str | None = option(None, "score policy samples while training: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", group="evidence", shows="REWARD", pattern=REWARD)
+    eval_truth: str | None = option(None, "a second reward, for which --eval-reward is only a proxy: told beside it, watched by --stop plateau, compared for over-optimisation", group="evidence", shows="REWARD", pattern=REWARD)
+    eval_prompts: int = option(64, "held-out prompts to sample from", group="evidence", low=0)
+    sample_tokens: int = option(64, "longest sampled response in tokens", group="evidence", low=1)
+    eval_samples: int = option(1, "samples per prompt", group="evidence", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +261,22 @@ class OnlineDpo(Losses, OnPolicy):
     EXAMPLE = "preftune online --model MODEL --data prompts.txt --reward python:judge.py:judge --output runs/online"
     passes: int = option(1, "passes over the pairs of a round", group="training", low=1)
     pairs: str = option("best-worst", "which answers of a prompt make its pair: the best and the worst, or two at random", group="training", choices=("best-worst", "random"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(Fitting):
+    """Train a reward model: a score for every answer, from preferences, labels or scores. It rewards other verbs: model:RUN."""
+
+    EXAMPLE = "preftune reward --model MODEL --data pairs.jsonl --output runs/reward"
+    target: str = option("preferences", "what it learns from: preferences (judgements), labels (answers that are good or bad), or scores (of single answers)", choices=("preferences", "labels", "scores"))
+    loss: str | None = option(None, "a loss, or a weighted sum such as bradley-terry+0.01*centre; 'preftune reward --help-losses' lists them. Default: bradley-terry; of labels binary, of scores grades")
+    members: int = option(1, "train an ensemble: each member with a head, an order and a resample of the prompts of its own", low=1)
+    loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.margin 0.5; an argument that it does not take is an error", group="training")
+    label_smoothing: float = option(0.0, "e: labels become (1-e) p + e (1-p)", group="training", low=0, high=0.5, open_high=True)
+    member: int = option(0, "be this member of an ensemble: decides head, order and the resample of the prompts; 0: all prompts as they are", group="training", low=0)
+    average: bool = option(False, "also write the average of the members' weights as a model (WARM)", group="keeping")
+    normalise: str | None = option(None, "what becomes of scores when the model is used: mean (of the training answers) to 0, std also divides by their deviation, none. Default: mean for preferences, else none", group="keeping", choices=("mean", "std", "none"))
+    by: str | None = option(None, "also tell held-out accuracy by this column of the data", group="evidence", shows="COLUMN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -691,13 +713,13 @@ LOSS_BOUNDS: dict[str, dict[str, Any]] = {
     "alpha": {"low": 0, "open_low": True}, "cap": {"low": 0, "open_low": True}, "decay": {"low": 0, "high": 1, "open_low": True},
     "epsilon": {"low": 0, "high": 0.5, "open_low": True, "open_high": True},
     "unit": {"low": 0, "open_low": True}, "eta": {"low": 0, "open_low": True},
-    "nu": {"low": 0, "open_low": True}, "scale": {"low": 0}, "momentum": {"low": 0, "high": 1, "open_high": True}, "keep": {"low": 0, "high": 1, "open_low": True},
+    "nu": {"low": 0, "open_low": True}, "theta": {"low": 1, "open_low": True}, "scale": {"low": 0}, "momentum": {"low": 0, "high": 1, "open_high": True}, "keep": {"low": 0, "high": 1, "open_low": True},
 }  # fmt: skip
 LOSS_ALSO_CALLED = {
     "dpo": "sigmoid", "cdpo": "sigmoid' with '--label-smoothing 0.1", "ipo": "ipo-sum' or 'ipo-mean", "sft": "nll", "rpo": "sigmoid+1*nll",
     "rdpo": "r-dpo' (length) or 'robust' (noise", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-biased' or 'bco",
     "sigmoid_norm": "sigmoid-norm", "slic": "hinge", "pl": "plackett-luce", "dpo-pl": "plackett-luce", "listmle": "plackett-luce",
-    "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
+    "bt": "bradley-terry", "btl": "bradley-terry", "bce": "binary", "mse": "square", "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
     "distill": "soft", "distillation": "soft", "d-dpo": "soft-square", "rpo_sq": "soft-square", "rpo_bwd_kl": "soft-kl", "rpo_fwd_kl": "soft-reverse-kl",
     "tdpo": "tdpo2' or 'tdpo1", "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "xpo": "sigmoid+1e-5*optimism",
 }  # fmt: skip
@@ -712,6 +734,7 @@ class LossFacts(NamedTuple):
     soft: str
     source: str
     formula: str
+    scalar: str = "no"
 
 
 @cache
@@ -732,6 +755,7 @@ def loss_facts() -> dict[str, LossFacts]:
         defaults = zip(body.args.kwonlyargs, body.args.kw_defaults, strict=True)
         arguments = {argument.arg: ast.literal_eval(default) for argument, default in defaults if default is not None}
         said = {name: ast.literal_eval(given[name]) for name in ("kind", "reference", "soft", "source")}
+        said |= {"scalar": ast.literal_eval(given["scalar"])} if "scalar" in given else {}
         facts[str(key.value)] = LossFacts(arguments, **said, formula=(ast.get_docstring(body) or "").splitlines()[0])
     return facts
 
@@ -777,26 +801,59 @@ def loss_terms(options: Losses | Evaluate, labels: Mapping[str, str] | None = No
         if "beta" in given:
             raise UsageError(f"{said['beta']} and {said.get('loss.beta', '--loss.beta')} are the same option; give one of them")
         given["beta"], said["loss.beta"] = options.beta, said["beta"]
-    taken = [argument for _, name in terms for argument in loss_facts()[name].arguments]
+    for _, name in terms:
+        if loss_facts()[name].scalar == "only":
+            raise UsageError(f"{said['loss']}: the loss {name!r} reads the scores of a reward model: it is for preftune reward")
+    if isinstance(options, Losses) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
+        raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
+    for _, name in terms if isinstance(options, Losses) and options.reference_update != "none" else ():
+        if loss_facts()[name].kind in ("values", "draws"):
+            raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {name!r} reads samples of the reference as it is given, "
+                             "so that must stand still")
+    return _with_arguments(terms, given, str(options.loss), options.label_smoothing or 0.0, said)
+
+
+# What a reward model learns from -> the loss by default, and the kinds of losses that read it.
+TARGETS = {"preferences": ("bradley-terry", ("pairs", "lists", "orders")), "labels": ("binary", ("verdicts",)), "scores": ("grades", ("grades",))}
+
+
+def scored_terms(options: Reward, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
+    """As `loss_terms`, for a reward model: beta is 1 wherever a loss has one, since a score is its own logit. Raises UsageError."""
+    said = {"loss": "--loss", "label_smoothing": "--label-smoothing"} | dict(labels or {})
+    default, kinds = TARGETS[options.target]
+    try:
+        terms = parse_loss(options.loss or default)
+    except UsageError as error:
+        raise UsageError(f"{said['loss']}: {error}") from None
+    for _, name in terms:
+        if (facts := loss_facts()[name]).scalar == "no":
+            raise UsageError(f"{said['loss']}: the loss {name!r} reads log-probs of a policy; a reward model takes "
+                             f"{', '.join(n for n, f in loss_facts().items() if f.scalar != 'no' and f.kind in kinds)}")
+        if facts.kind not in kinds:
+            target = next(t for t, (_, read) in TARGETS.items() if facts.kind in read)
+            raise UsageError(f"{said['loss']}: the loss {name!r} learns from {target}: --target {target}")
+    return _with_arguments(terms, dict(options.loss_arguments), options.loss or default, options.label_smoothing, said, fixed={"beta": 1.0})
+
+
+def _with_arguments(terms: list[tuple[float, str]], given: dict[str, float], loss: str, smoothing: float, said: Mapping[str, str],
+                    fixed: Mapping[str, float] | None = None) -> list[tuple[float, str, dict[str, float]]]:  # fmt: skip
+    """Each term with all its arguments, those of `fixed` not to be chosen. Raises UsageError as `loss_terms`."""
+    held = fixed or {}
+    taken = [argument for _, name in terms for argument in loss_facts()[name].arguments if argument not in held]
     for name in given:
         if name not in taken:
             known = ", ".join(f"--loss.{argument}" for argument in dict.fromkeys(taken)).replace("_", "-")
             near = nearest(name, taken).replace("'", "'--loss.", 1)
             what = f"takes {known}" if known else "takes no arguments"
-            raise UsageError(f"{said.get(f'loss.{name}', f'--loss.{name}')}: the loss {options.loss!r} takes no {name!r}{near}; it {what}")
-    for _, name in terms if options.label_smoothing else ():
+            raise UsageError(f"{said.get(f'loss.{name}', f'--loss.{name}')}: the loss {loss!r} takes no {name!r}{near}; it {what}")
+    for _, name in terms if smoothing else ():
         if loss_facts()[name].soft == "refuse" or {loss_facts()[each].soft for _, each in terms} == {"ignore"}:
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} has no soft form, so its labels cannot be smoothed")
         if "noise" in loss_facts()[name].arguments:
             raise UsageError(f"{said['label_smoothing']}: the loss {name!r} corrects for wrong labels itself, by --loss.noise; the two would cancel")
-    if isinstance(options, Losses) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
-        raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
-    for _, name in terms if isinstance(options, Dpo) and options.reference_update != "none" else ():
-        if loss_facts()[name].kind in ("values", "draws"):
-            raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {name!r} reads samples of the reference as it is given, "
-                             "so that must stand still")
     arguments = [loss_facts()[name].arguments for _, name in terms]
-    return [(weight, name, {k: given.get(k, v) for k, v in known.items()}) for (weight, name), known in zip(terms, arguments, strict=True)]
+    return [(weight, name, {k: held.get(k, given.get(k, v)) for k, v in known.items()})
+            for (weight, name), known in zip(terms, arguments, strict=True)]  # fmt: skip
 
 
 def reads_draws(options: OnlineDpo) -> bool:
@@ -923,11 +980,11 @@ def _judges(options: Score) -> bool:
 
 # (verbs, option, when it contradicts the rest, why). Looked at only where the option was given; `o` has every value.
 CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool], str], ...] = (
-    ((Training,), "holdout", lambda o: bool(o.eval_data), "has nothing to do with --eval-data given: that replaces the split"),
-    ((Training,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}) and "leak" not in o.allow, "names a file of --data: held-out records must not train"),
+    ((Fitting,), "holdout", lambda o: bool(o.eval_data), "has nothing to do with --eval-data given: that replaces the split"),
+    ((Fitting,), "eval_data", lambda o: bool({*o.data} & {*o.eval_data}) and "leak" not in o.allow, "names a file of --data: held-out records must not train"),
     ((Sft,), "from_scores", lambda o: not o.preferred, "has no effect without --preferred: all answers are imitated"),
-    *(((Training,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
-    ((Training,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
+    *(((Fitting,), name, lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data") for name in ("eval_every", "patience")),
+    ((Fitting,), "publish", lambda o: o.publish == "best" and o.holdout == 0 and not o.eval_data, "best has no held-out loss to go by: --holdout is 0 and there is no --eval-data"),
     ((Training,), "stop", lambda o: o.eval_reward is None and not isinstance(o, OnPolicy), "plateau watches the reward of the model's own answers: give --eval-reward RULE (--patience N watches the held-out loss)"),
     ((Training,), "stop", lambda o: o.patience is not None, "plateau and --patience each say when to stop and what to keep: give one of them"),
     ((Training,), "publish", lambda o: o.publish == "reward" and o.eval_reward is None and not isinstance(o, OnPolicy), "reward has no reward to go by: give --eval-reward RULE"),
@@ -937,18 +994,24 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Training,), "eval_truth", lambda o: o.eval_reward is None and not isinstance(o, OnPolicy), "has no proxy to stand beside: give --eval-reward RULE too, or only that"),
     ((Training,), "eval_truth", lambda o: o.eval_truth == o.eval_reward, "is --eval-reward itself"),
     ((Training,), "stop", lambda o: o.holdout == 0 and not o.eval_data, "needs held-out prompts: --holdout is 0 and there is no --eval-data"),
-    ((Training,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
-    ((Training,), "allow_change", lambda o: o.resume is None, "has no effect without --resume RUN"),
-    ((Training,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
-    ((Training,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
+    ((Fitting,), "min_improvement", lambda o: o.patience is None, "has no effect without --patience N"),
+    ((Fitting,), "allow_change", lambda o: o.resume is None, "has no effect without --resume RUN"),
+    ((Fitting,), "lora_alpha", lambda o: o.lora == 0, "has no effect without --lora RANK"),
+    ((Fitting,), "lora_targets", lambda o: o.lora == 0, "has no effect without --lora RANK"),
     ((Training,), "adapter", lambda o: o.adapter == "continue" and o.lora > 0, "continue trains the adapter that --model is, and --lora adds another: give one of them"),
-    ((Training,), "freeze", lambda o: o.lora > 0 or o.adapter == "continue", "has no effect with --lora or --adapter continue, which train nothing of the model itself; --lora-targets says where adapters go"),
-    *(((Training,), name, lambda o: o.optimiser == "rmsprop", "is AdamW's: --optimiser rmsprop does not take it") for name in ("weight_decay", "adam_beta1", "adam_beta2")),
-    ((Training,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
+    ((Fitting,), "freeze", lambda o: o.lora > 0 or getattr(o, "adapter", "") == "continue", "has no effect with --lora or --adapter continue, which train nothing of the model itself; --lora-targets says where adapters go"),
+    *(((Fitting,), name, lambda o: o.optimiser == "rmsprop", "is AdamW's: --optimiser rmsprop does not take it") for name in ("weight_decay", "adam_beta1", "adam_beta2")),
+    ((Fitting,), "schedule", lambda o: o.warmup == 1, "has no effect: --warmup 1 rises to the last step"),
     ((Training,), "eval_reward", lambda o: o.eval_prompts == 0, "has nothing to score: --eval-prompts is 0"),
     ((Training,), "eval_samples", lambda o: o.eval_prompts == 0, "has no effect: --eval-prompts is 0"),
     ((Training,), "sample_tokens", lambda o: o.eval_prompts == 0 and not isinstance(o, OnPolicy), "has no effect: --eval-prompts is 0"),
-    ((Training,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
+    ((Fitting,), "output", lambda o: o.output in (o.model, *o.data, *o.eval_data), "is also an input; name a folder that does not exist yet"),
+    ((Reward,), "publish", lambda o: o.publish == "reward", "reward goes by samples of a policy, and a reward model draws none: best goes by the held-out loss"),
+    ((Reward,), "average", lambda o: o.members == 1, "has no effect without --members N"),
+    ((Reward,), "member", lambda o: o.members > 1, "is one member, and --members makes all of them: give one of the two"),
+    ((Reward,), "from_scores", lambda o: o.target != "preferences", "has no effect: --target labels and scores read no judgements"),
+    ((Reward,), "by", lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data"),
+    ((Reward,), "by", lambda o: o.target != "preferences", "is told of pairs: it needs --target preferences"),
     ((Losses,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
     ((Losses,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
     *(((OnPolicy,), name, lambda o: True, "has no effect: of the data only prompts are read") for name in ("from_scores", "finish")),
@@ -1041,6 +1104,8 @@ def build(cls: type[AnyOptions], given: Given, *, files: bool = True) -> AnyOpti
             raise UsageError(f"{labels[name]} {why}")
     if isinstance(options, Losses) or (isinstance(options, Evaluate) and options.loss is not None):  # else the run's, which is not read yet
         loss_terms(options, labels)
+    if isinstance(options, Reward):
+        scored_terms(options, labels)
     if files:
         _inputs(options, labels)
     return options

@@ -138,10 +138,12 @@ LEARNING_RATES = ((1e6, 1e-4, 1e-3), (1e7, 1e-4, 1e-3), (1e8, 1e-5, 1e-4), (4e9,
 
 SUPERVISED_RATES = ((1e7, 3e-3, 1e-2), (1e8, 1e-3, 3e-3), (1e9, 2e-4, 5e-4), (4e9, 2e-5, 2e-4), (4e10, 1e-5, 1e-4), (math.inf, 2e-6, 2e-5))
 
+REWARD_RATES = ((1e7, 3e-3, 1e-2), (1e8, 3e-4, 1e-3), (1e9, 3e-5, 3e-4), (4e9, 1e-5, 1e-4), (4e10, 5e-6, 5e-5), (math.inf, 2e-6, 2e-5))
 
-def auto_rate(parameters: int, *, lora: bool, supervised: bool = False) -> tuple[float, str]:
+
+def auto_rate(parameters: int, *, lora: bool, supervised: bool = False, reward: bool = False) -> tuple[float, str]:
     """The learning rate that `--lr auto` means for a model of this size, and the reason in words."""
-    table = SUPERVISED_RATES if supervised else LEARNING_RATES
+    table = REWARD_RATES if reward else SUPERVISED_RATES if supervised else LEARNING_RATES
     below, full, adapter = next(row for row in table if parameters < row[0])
     rate = adapter if lora else full
     bound = f"under {below:,.0f}" if below < math.inf else f"of {table[-2][0]:,.0f} or more"

@@ -29,7 +29,7 @@ from .attention import blocks
 from .batches import Batch, Order, make_batch, split, tokens_of
 from .errors import OutOfMemoryError
 from .files import free_memory, size_text
-from .readout import as_reference, hidden_states, packs, prefix_kl, token_logps, vocabulary_of
+from .readout import as_reference, hidden_states, packs, prefix_kl, scalars, scores, token_logps, vocabulary_of
 from .store import Store, from_ids
 
 MOMENTS = {"adamw": 8.0, "rmsprop": 4.0, "adamw-8bit": 2.1}  # bytes of a trained weight
@@ -131,16 +131,20 @@ def step_peak(model: Any, batch: Batch, *, several: bool) -> tuple[int, int]:
     with Alive() as alive:
         state = engine.make_state(model, rate=lambda step: 0.0, clip=0.0, optimiser="rmsprop")  # it never steps
         for _ in range(1 + several):  # with several passes the largest may find all gradients there
-            token_logps(model, hidden_states(model, batch), batch).sum().backward()
+            _read(model, hidden_states(model, batch), batch).sum().backward()
             engine.collect(state)
         return alive.peak, alive.now
+
+
+def _read(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    return (scalars if scores(model) else token_logps)(model, hidden, batch)
 
 
 def evaluation_peak(model: Any, other: Any | None, batch: Batch, *, divergence: bool) -> int:
     """Bytes at most while a batch is scored, with the divergence from the reference (`evaluate.score_samples`) or without."""
     with Alive() as alive, torch.no_grad():
         ours = hidden_states(model, batch)
-        token_logps(model, ours, batch)
+        _read(model, ours, batch)
         if divergence:
             with as_reference(model, other) as frozen:
                 theirs = hidden_states(frozen, batch)

@@ -145,6 +145,8 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
                 kl=(reference.exp() * (reference - log_policy)).sum().expand(len(length)))  # fmt: skip
     if loss.kind == "scored":
         return (weight * loss.function(side[i], side[j], **arguments)).sum() / weight.sum()
+    if loss.kind == "grades":
+        return (reference.exp() * loss.function(side, **arguments)).sum()
     if loss.kind == "pairs":
         drawn = replace(loss, soft="swap")  # P_ij is how often i is said to win: labels themselves are hard
         return expected(drawn, side[i], side[j], true, weight, **arguments) / weight.sum()

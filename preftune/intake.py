@@ -23,7 +23,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from . import audit
-from .config import Training, data_source
+from .config import Fitting, Training, data_source
 from .errors import DataError, UsageError
 from .files import disk
 from .formats import Tally, stream
@@ -169,7 +169,7 @@ class _Taker:
         self.equal = 0
         self.ends: Counter[bool] = Counter()  # of the responses of what goes on
 
-    def take(self, task: Verb, options: Training, words: Sequence[object], max_records: int | None) -> tuple[Tally, Seen]:
+    def take(self, task: Verb, options: Fitting, words: Sequence[object], max_records: int | None) -> tuple[Tally, Seen]:
         """Read files to their end."""
         tally, seen = Tally(), Seen()
         for record in stream(words, tally, format=options.format, skip_bad=options.skip_bad, max_records=max_records,
@@ -197,7 +197,7 @@ class _Taker:
         self.shelf.append(record)
 
 
-def read_records(task: Verb, options: Training, folder: Path) -> Taken:
+def read_records(task: Verb, options: Fitting, folder: Path) -> Taken:
     """Read and audit. Raises DataError where the files hold too much that is wrong, and says what was left out.
 
     Args:

@@ -340,6 +340,27 @@ def load_reward(name: str, *, dtype: str = "fp32", device: str = "cpu", offline:
     return prepare(_finite(model, name).to(device)), tokenizer, facts
 
 
+def average_rewards(names: Sequence[str], *, dtype: str, device: str) -> nn.Module:
+    """A reward model whose weights are the mean of those of several with one origin; summed in float64.  arXiv:2401.12187.
+
+    Raises:
+        ModelError: weights of different names or shapes.
+    """
+    model, _, _ = load_reward(names[0], dtype=dtype, device=device)
+    weights = dict(model.named_parameters())
+    sums = {name: w.detach().double() for name, w in weights.items()}
+    for other in names[1:]:
+        found = dict(load_reward(other, dtype=dtype, device=device)[0].named_parameters())
+        if odd := [n for n in {**weights, **found} if n not in found or n not in weights or found[n].shape != weights[n].shape]:
+            raise ModelError(f"{other}: {odd[0]} is not a weight of {names[0]} too, or has another shape; only models of one origin can be")
+        for name in sums:
+            sums[name] += found[name].detach().double()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(sums[name] / len(names))
+    return model
+
+
 def load_tokenizer(name: str, *, offline: bool = False) -> tuple[Any, int | None]:
     """The tokeniser of a model, and its window, without its weights. Raises as `load` does."""
     folder, _, _ = adapters_of(_folder(name, offline=offline, weights=False))
@@ -485,7 +506,8 @@ def freeze(model: nn.Module, names: str) -> list[str]:
             words = {"embed", "head", "layers.0"} | {n.rsplit(".", cut)[0] for n in known for cut in range(n.count(".") + 1)}
             raise UsageError(f"--freeze {name}: no weight of this model has such a name{nearest(name, words)}")
         chosen |= found
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    top = model.get_output_embeddings()  # none of a reward model
+    tied = top is not None and model.get_input_embeddings().weight is top.weight
     if tied and ("embed" in asked) != ("head" in asked):
         raise UsageError(f"--freeze {names}: embed and head are one tensor in this model; freeze both (embed,head) or neither")
     if chosen == known.keys():
@@ -497,7 +519,7 @@ def freeze(model: nn.Module, names: str) -> list[str]:
 
 def _named(model: nn.Module, name: str, known: dict[str, nn.Parameter]) -> set[str]:
     """Names of the parameters that one word of --freeze means. Raises UsageError for a layer that is not there."""
-    ends = {"embed": model.get_input_embeddings, "head": model.get_output_embeddings}
+    ends = {"embed": model.get_input_embeddings, "head": lambda: getattr(model, "score", None) or model.get_output_embeddings()}
     if name in ends:
         wanted = {id(p) for p in ends[name]().parameters()}
         return {n for n, p in known.items() if id(p) in wanted}

@@ -50,8 +50,8 @@ class Objective:
     Args:
         name: for logs. terms: (columns, table, carry) -> {name: (weighted sum, denominator)}.
         metrics: (columns, table) -> {name: one value per pair, verdict or list}; their means are reported, exact for any batch size.
-        reads: 'lists', 'pairs', 'verdicts', 'scores', 'values', 'draws' or 'responses': what a record must have for this to learn from it
-            (HAS). also: what further terms of a sum read; some record must have each.
+        reads: 'lists', 'pairs', 'verdicts', 'scores', 'values', 'draws', 'grades' or 'responses': what a record must have for this to
+            learn from it (HAS). also: what further terms of a sum read; some record must have each.
         reference: 'none', 'token' or 'distribution': what the columns need.
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
@@ -114,12 +114,12 @@ def total(terms: Terms, totals: Mapping[str, float]) -> Tensor:
 Part = tuple[float, str, Mapping[str, float]]
 
 
-def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Objective:
+def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0, read: str = "logps") -> Objective:
     """A weighted sum of losses of the table.
 
     Args:
         parts: (weight, loss name, those of its arguments that differ from their defaults).
-        label_smoothing: e; labels p become (1-e) p + e (1-p).
+        label_smoothing: e; labels p become (1-e) p + e (1-p). read: as `Objective.read`.
     """
     named = [(weight, name, LOSSES[name], arguments(name) | dict(given)) for weight, name, given in parts]
 
@@ -166,9 +166,10 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0) -> Object
     reads = sorted({_reads(loss) for _, _, loss, _ in named}, key=list(HAS).index)
     return Objective(
         name="+".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name, _, _ in named), terms=terms,
-        metrics=_preference_metrics(named), reads=reads[0], also=frozenset(reads[1:]), compares=_compares(named[0][2]),
+        metrics=_preference_metrics(named) if read == "logps" else _score_metrics(named), read=read, reads=reads[0],
+        also=frozenset(reads[1:]), compares=_compares(named[0][2]),
         partition=tuple(numbers["beta"] for _, _, loss, numbers in named if loss.partition),
-        reference=max(needs, key=("none", "token", "distribution").index),
+        reference=max(needs, key=("none", "token", "distribution").index) if read == "logps" else "none",
         separable=all(loss.separable for _, _, loss, _ in named), mismatched=any(loss.mismatched for _, _, loss, _ in named),
         start=start if all(loss.start for _, _, loss, _ in named) else None,
         needs=frozenset(name for _, _, loss, _ in named for name in loss.needs),
@@ -192,6 +193,11 @@ def _gaps(table: Table) -> list[tuple]:
     return list(zip((table.score[one] - table.score[other]).tolist(), members, strict=True))
 
 
+def graded(table: Table) -> Tensor:
+    """Responses that the data gave a score."""
+    return torch.nonzero(~table.score.isnan(), as_tuple=True)[0]
+
+
 def _rankings(table: Table) -> Rankings:
     return Rankings(table.item_list, table.item_tier)
 
@@ -203,6 +209,7 @@ ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], T
     "scored": (lambda c, t: (c[t.scored[:, 0]], c[t.scored[:, 1]]), lambda t: torch.ones_like(t.score[t.scored[:, 0]]), lambda t: _gaps(t)),
     "values": (lambda c, t: (c[t.valued], _draws(t)), lambda t: torch.ones_like(t.score[t.valued]), lambda t: [()] * len(t.valued)),
     "draws": (lambda c, t: (c[t.drawn > 0],), lambda t: t.drawn[t.drawn > 0], lambda t: [()] * int(t.drawn.sum())),
+    "grades": (lambda c, t: (c[graded(t)],), lambda t: torch.ones_like(t.score[graded(t)]), lambda t: [()] * len(graded(t))),
     **dict.fromkeys(("lists", "orders"),  # orders: a list of one tier is 0, and only their denominators differ
                     (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes())),
 }  # fmt: skip
@@ -234,6 +241,7 @@ HAS: Mapping[str, Callable[[Store], np.ndarray]] = {
     "lists": lambda s: np.diff(s.ranking_start) > 0, "pairs": lambda s: np.diff(s.pair_start) > 0,
     "verdicts": lambda s: np.diff(s.verdict_start) > 0, "values": lambda s: _per_record(s, s.drawn & ~np.isnan(s.score)) > 0,
     "scores": lambda s: _per_record(s, ~np.isnan(s.score)) > 1, "draws": lambda s: _per_record(s, s.drawn) > 0,
+    "grades": lambda s: _per_record(s, ~np.isnan(s.score)) > 0,
     "responses": lambda s: np.diff(s.record_start) > 0,
 }  # fmt: skip
 WANTED = {
@@ -316,6 +324,30 @@ def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, flo
         if listed:
             values["rankings/tau"], values["rankings/exact"] = agreement(loss.reads(columns[table.item]), _rankings(table))
         return values if columns.reference is None else values | {"displacement": chosen.ratio}
+
+    return metrics
+
+
+def _score_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]) -> Callable[[Columns, Table], dict]:
+    """As for preferences, with the score itself as the reward; of verdicts how many lie on the right side of 0.
+
+    The accuracy of a soft label is the chance that a label drawn from it agrees: what can be compared with the ceiling of such labels.
+    """
+    kinds = {loss.kind for _, _, loss, _ in named}
+
+    def metrics(columns: Columns, table: Table) -> dict[str, Tensor]:
+        score, values = columns.policy, {}
+        if len(table.pair):
+            good, bad = score[table.pair[:, 0]], score[table.pair[:, 1]]
+            agrees = torch.where(good > bad, table.pair_prob, torch.where(good < bad, 1 - table.pair_prob, 0.5))
+            values = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad, "rewards/accuracies": agrees}
+        if kinds & {"lists", "orders"}:
+            values["rankings/tau"], values["rankings/exact"] = agreement(score[table.item], _rankings(table))
+        if "verdicts" in kinds:
+            mine = score[table.verdict]
+            values |= {"rewards/desirable": mine[table.verdict_good], "rewards/undesirable": mine[~table.verdict_good],
+                       "labels/accuracies": ((mine > 0) == table.verdict_good).double()}  # fmt: skip
+        return values
 
     return metrics
 

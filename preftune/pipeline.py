@@ -33,13 +33,13 @@ from . import (
     trackers,
 )
 from .batches import Order, Step
-from .config import OnPolicy, Training, going_on, resolved_yaml, run_config
+from .config import Fitting, OnPolicy, Training, going_on, resolved_yaml, run_config, specs
 from .errors import CheckpointError, DataError, NumericsError, ReportError, UsageError
 from .evaluate import Drawn, draw, held_out, judged, paired_difference, summary
 from .files import atomic_write, fingerprint, read_json, require_new, run_lock, size_text, write_json
 from .formats import identity
 from .objectives import Objective, partition, readable
-from .readout import packs
+from .readout import packs, scores
 from .records import Record, Text
 from .rewards import KINDS, scorer
 from .sampling import sample
@@ -76,16 +76,23 @@ class Task:
         then: run folder -> the command that a person would want next.
         moving: options -> (alpha, every) of a reference that follows the policy, or None.
         refuse: (what was seen of a set of files, options): raises DataError where they are not what this verb reads.
+        wrap: (the language model as loaded, options) -> what trains in its place.
+        resample: (store, training records, hashes of their prompts, options) -> (store, training records) to train on.
+        publish: (setup, options, run folder, folder of the model that was written) -> what results.json says beyond the rest.
         rolls: how answers are sampled, or None where they are read.
     """
 
     verb: str
-    options: type[Training]
+    options: type[Fitting]
     objective: Callable[[Any], Any]
     select: Callable[[Record, Any], Record | None]
     then: Callable[[Path], str]
     moving: Callable[[Any], tuple[float, int] | None] = lambda options: None
     refuse: Callable[[intake.Seen, Any], None] = lambda seen, options: None
+    wrap: Callable[[Any, Any], Any] = lambda model, options: model
+    resample: Callable[[Store, np.ndarray, np.ndarray, Any], tuple[Store, np.ndarray]] = lambda store, train, prompts, options: (
+        store, train)  # fmt: skip
+    publish: Callable[[Setup, Any, Path, Path], dict[str, Any]] = lambda setup, options, folder, model: {}
     rolls: Rolls | None = None
 
     @property
@@ -125,7 +132,14 @@ class Setup:
     reward: Any | None
 
 
-def run(task: Task, options: Training) -> int:
+def sampled(options: Fitting) -> Training:
+    """The same options with those about samples; a verb that draws none has them at their defaults, and no prompts."""
+    if isinstance(options, Training):
+        return options
+    return Training(**{spec.name: getattr(options, spec.name) for spec in specs(Fitting)}, eval_prompts=0)
+
+
+def run(task: Task, options: Fitting) -> int:
     """Train. Raises PreftuneError with the exit code of what went wrong; nothing half-written is left behind."""
     if options.resume is not None:
         folder = Path(options.resume)
@@ -144,7 +158,7 @@ def run(task: Task, options: Training) -> int:
         return _train(task, options, folder, setup, None)
 
 
-def _resume(task: Task, folder: Path, options: Training) -> int:
+def _resume(task: Task, folder: Path, options: Fitting) -> int:
     before = read_json(folder / "manifest.json")
     if before["stage"] != task.verb:
         raise UsageError(
@@ -164,10 +178,11 @@ def _resume(task: Task, folder: Path, options: Training) -> int:
     taken = max((row["step"] for row in runs.Log(folder / "metrics.jsonl").rows() if "loss" in row), default=0)
     if taken and not found:
         raise CheckpointError(f"{folder}: its metrics tell of {taken} steps, but no checkpoint is there; start a new run")
-    if found and gate_of(options, 1) and "gate" not in found.state["watch"]:
+    if found and gate_of(sampled(options), 1) and "gate" not in found.state["watch"]:
         raise UsageError(f"--resume {folder}: --stop plateau and --publish reward look at a run from its start; start a new run")
     # What is quick to compare is compared first: a forbidden change is told before minutes of preparation.
-    runs.refuse_changes(folder, [*changes, *runs.changed_content(before, before | at_a_glance(before, options))], options.allow_change)
+    seen = before | at_a_glance(before, sampled(options))
+    runs.refuse_changes(folder, [*changes, *runs.changed_content(before, seen)], options.allow_change)
     setup = prepare(task, options, fresh=False)
     changes += runs.changed_content(before, setup.manifest)
     runs.refuse_changes(folder, changes, options.allow_change)
@@ -201,16 +216,17 @@ def at_a_glance(before: Mapping[str, Any], options: Training) -> dict[str, Any]:
 # ---------------------------------------------------------------- preparing
 
 
-def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
+def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     """Read, audit, encode, split, load, build the reference column and check everything; writes nothing but the column's cache."""
+    options = sampled(own)
     torch.manual_seed(options.seed)
-    objective = task.objective(options)
+    objective = task.objective(own)
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
     device = models.pick_device(options.device)
     scoring, truth, training_reward = scorers(options, device)
     work = reference.cache_folder().with_name("work")
-    taken = intake.read_records(task, options, work)
+    taken = intake.read_records(task, own, work)
     facts = taken.facts
     say(f"read {facts['read']} records ({facts['layout']})")
     meter = estimate.meter(device)
@@ -250,12 +266,13 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
     found = selfcheck.check(model, looked_at, some, itself, columns, codec, dtype=options.dtype, device=device, fresh=not task.prompts)
     say(f"self-check: packed log-probs equal the model's own to {found['packed_error']:.1e}"
         + (f"; start loss {found['start_loss']:.4f}" if "start_loss" in found else ""))  # fmt: skip
-    model, frozen, trained = what_trains(model, options, device, frozen_too=task.prompts or objective.reference == "distribution")
+    model, frozen, trained = what_trains(task.wrap(model, own), options, device,
+                                         frozen_too=task.prompts or objective.reference == "distribution")  # fmt: skip
     objective = _beside(objective, frozen)
-    lr, reason = engine.auto_rate(size, lora=bool(options.lora) or options.adapter == "continue", supervised=objective.reads == "responses")
-    lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
-    say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
-    order = _order(task, options, len(train), fresh=fresh)
+    found |= selfcheck.check_scores(model, store, train, objective, dtype=options.dtype, device=device) if scores(model) else {}
+    lr, reason = learning_rate(options, objective, size, reward=scores(model))
+    store, train = task.resample(store, train, taken.prompt[kept][train], own)
+    order = _order(task, own, len(train), fresh=fresh)
     facts |= {"kept": len(store), "train": len(train), "held_out": int((held & usable).sum()), "dropped": dict(found_in.dropped),
               "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}  # fmt: skip
     files, data = data_files(options)
@@ -279,6 +296,15 @@ def prepare(task: Task, options: Training, *, fresh: bool = True) -> Setup:
                   device, manifest, meter, texts, training_reward)  # fmt: skip
     manifest["memory"] = memory(setup, options, task.rolls.k(options) if task.rolls else 0)
     return setup
+
+
+def learning_rate(options: Training, objective: Objective, size: int, *, reward: bool) -> tuple[float, str]:
+    """The peak rate and, where --lr auto chose it, why; told."""
+    lr, reason = engine.auto_rate(size, lora=bool(options.lora) or options.adapter == "continue", supervised=objective.reads == "responses",
+                                  reward=reward)  # fmt: skip
+    lr, reason = (options.lr, "") if isinstance(options.lr, float) else (lr, reason)
+    say(f"learning rate {lr:g}{f' ({reason})' if reason else ''}")
+    return lr, reason
 
 
 def data_files(options: Training) -> tuple[list[dict[str, Any]], str]:
@@ -334,7 +360,7 @@ def require_window(options: Training, total: int, prompts: int) -> None:
                          "from not: --eval-prompts, --holdout or --eval-data")  # fmt: skip
 
 
-def _order(task: Task, options: Training, records: int, *, fresh: bool) -> Order | rollouts.Rounds:
+def _order(task: Task, options: Fitting, records: int, *, fresh: bool) -> Order | rollouts.Rounds:
     """Which records make which step. Raises DataError for none, UsageError for a reference that would never move."""
     if not records:
         raise DataError("no training prompt can be used")
@@ -405,9 +431,14 @@ def what_trains(model: Any, options: Training, device: str, *, frozen_too: bool)
     if count["parameters"] < count["of"]:
         say(f"training {count['parameters']:,} of {count['of']:,} weights")
     if (given := _given(options)) and options.lora:
-        why = adapters.stack_refusal(given)
+        why = _apart(model, given)
         count["adapter"] = f"none: {why}, so only model/ holds the sum" if why else "joined with the given one: stands on that one's base"
     return model, frozen, count
+
+
+def _apart(model: Any, given: Path) -> str | None:
+    """Why the run's adapter and the given one are not one adapter, or None."""
+    return "a reward model's head does not go into an adapter of two" if scores(model) else adapters.stack_refusal(given)
 
 
 def _given(options: Training) -> Path | None:
@@ -473,7 +504,8 @@ def _checkpoint_bytes(state: engine.State) -> int:
     return 12 * sum(m.numel() for m in state.masters.values()) + 4 * sum(m.numel() for m in anchor.values())
 
 
-def _train(task: Task, options: Training, folder: Path, setup: Setup, found: checkpoints.Checkpoint | None) -> int:
+def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoints.Checkpoint | None) -> int:
+    options = sampled(own)
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
     learner = task.rolls.learner(setup, options) if task.rolls else setup.model
@@ -481,7 +513,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
                               betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser,
                               factor=lambda name: task.rolls.factor(name, options) if task.rolls else 1.0)  # fmt: skip
     kept = task.rolls.kept(options) if task.rolls else None
-    if follows := task.moving(options):
+    if follows := task.moving(own):
         state.moving = reference.moving(setup.model, state.masters, alpha=follows[0], every=follows[1])
         say(f"the reference moves every {follows[1]} steps: a second forward pass a step, {size_text(state.moving.nbytes)} more memory")
     metrics, samples = runs.Log(folder / "metrics.jsonl"), runs.Log(folder / "samples.jsonl")
@@ -540,7 +572,7 @@ def _train(task: Task, options: Training, folder: Path, setup: Setup, found: che
                 say(f"stopped early: {why}")
                 break
             stop.check(save, task.verb, folder)
-    return _finish(task, options, folder, setup, state, metrics, samples)
+    return _finish(task, own, folder, setup, state, metrics, samples)
 
 
 def _steps(task: Task, options: Training, setup: Setup, state: engine.State, kept: rollouts.Kept | None,
@@ -637,9 +669,10 @@ def describe(line: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
-def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: engine.State, metrics: runs.Log,
+def _finish(task: Task, own: Fitting, folder: Path, setup: Setup, state: engine.State, metrics: runs.Log,
             samples: runs.Log) -> int:  # fmt: skip
     """Model, results and report; then the lines that a person reads."""
+    options = sampled(own)
     steps, published = state.step, state.step
     if (kept := kept_step(options, state.watch)) is not None and kept != state.step:
         published = int(kept)
@@ -647,8 +680,9 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         say(f"the model is that of step {published}, whose {KEPT[publishes(options)]}")
     with runs.publish_folder(folder / "model") as staging:
         models.save(setup.model, setup.tokenizer, staging)
+        more = task.publish(setup, own, folder, staging)
     given = _given(options)
-    if options.adapter == "continue" or (options.lora and not (given and adapters.stack_refusal(given))):
+    if options.adapter == "continue" or (options.lora and not (given and _apart(setup.model, given))):
         with runs.publish_folder(folder / "adapter") as staging:
             adapters.save(setup.model, staging, given=given)
     evaluations = [row for row in metrics.rows() if "loss" not in row]
@@ -673,8 +707,8 @@ def _finish(task: Task, options: Training, folder: Path, setup: Setup, state: en
         "stopped_early": waited if options.patience and state.watch["waited"] >= options.patience else None,
         "gate": gate_results(options, state.watch), "alarms": monitors.alarms([row for row in drawn if row["step"] <= published]),
         "memory": (setup.manifest["memory"] or {}) | {"peak": setup.meter.peak()},
-        "model": "model", "command": runs.command(task.verb, options), "next": task.then(folder),
-    }  # fmt: skip
+        "model": "model", "command": runs.command(task.verb, own), "next": task.then(folder),
+    } | more  # fmt: skip
     write_json(folder / "results.json", results)
     page, fault = None, None
     try:
@@ -708,6 +742,11 @@ def gate_results(options: Training, watch: Mapping[str, Any]) -> dict[str, Any] 
     return {"why": "", **found["verdict"], "best": found["best"], "of": "truth" if options.eval_truth else "reward"}
 
 
+def span(low: float, high: float) -> str:
+    """'0.712', or '0.712 to 0.754'."""
+    return f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
+
+
 def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -> list[str]:
     """The five lines that end a run."""
     after, lines = results["after"], []
@@ -715,6 +754,11 @@ def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -
         lines.append(f"accuracy      {with_interval(after)} on {after['eval/pairs']} held-out pairs")
     elif "eval/loss" in after:
         lines.append(f"loss          {results['before']['eval/loss']:.4f} -> {after['eval/loss']:.4f}, held out")
+    if most := results.get("reward", {}).get("ceiling"):
+        lines.append(f"ceiling       {span(most['low'], most['high'])}: the most that agreement with these labels can be "
+                     f"({most['from']} of {most['pairs']} pairs)")  # fmt: skip
+    if "calibration" in results.get("reward", {}):
+        lines.append(f"calibration   ECE {results['reward']['calibration']['ece']:.3f} of sigmoid(r_w - r_l)")
     if "kl_sequence_rb" in after:
         lines.append(f"KL            {with_error(after, 'kl_sequence_rb', 2)} nats a response "
                      f"({after['kl_token_rb']:.3f} a token), on fresh samples")  # fmt: skip

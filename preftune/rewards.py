@@ -414,7 +414,8 @@ def _reward_model(place: str, loading: dict[str, Any], micro_tokens: int) -> Mem
 CODEC = ("template", "template_name", "bos", "eos", "finish", "control_tokens")
 
 
-def scores_of(model: Any, store: Store, *, micro_tokens: int, device: str, records: Sequence[int] | None = None) -> np.ndarray:
+def scores_of(model: Any, store: Store, *, micro_tokens: int, device: str,
+              records: Sequence[int] | np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """What a reward model says of every response of a store, or of these records of it, in order: (R,) float64, not normalised."""
     share, out = packs(model), [np.zeros(0)]
     with torch.inference_mode():

@@ -17,8 +17,8 @@ import torch
 
 from .batches import Batch, make_batch, totals_of
 from .errors import SelfCheckError
-from .objectives import Objective, total
-from .readout import hidden_states, packs, token_logps
+from .objectives import Columns, Objective, total
+from .readout import hidden_states, packs, scalars, token_logps
 from .store import Store
 from .tokens import Codec
 
@@ -92,7 +92,7 @@ def check(model: Any, store: Store, records: Sequence[int] | np.ndarray, objecti
             found["reference_error"],
             TOLERANCE[dtype],
         )
-    if fresh and objective.start is not None:
+    if fresh and objective.start is not None and objective.read == "logps":
         with torch.inference_mode():
             totals = totals_of([batch], 1)
             loss = float(total(objective.terms(objective.score(model, batch), batch.table), totals))
@@ -101,6 +101,32 @@ def check(model: Any, store: Store, records: Sequence[int] | np.ndarray, objecti
         off = abs(loss - found["start_expected"]) / scale
         _within("the loss at policy = reference and its analytic value", off, START_TOLERANCE[dtype])
     return found
+
+
+def check_scores(model: Any, store: Store, records: Sequence[int] | np.ndarray, objective: Objective, *, dtype: str,
+                 device: str) -> dict[str, float]:  # fmt: skip
+    """The scores of a reward model against its class's own forward pass on single rows, and the loss of equal scores against its value.
+
+    Raises SelfCheckError. Returns the largest difference of a score, and that loss where a value is known.
+    """
+    share = packs(model)
+    batch = make_batch(store, probe(store, records), share=share).to(device)
+    with torch.inference_mode():
+        found = scalars(model, hidden_states(model, batch), batch)
+        segments = [s for r in dict.fromkeys(batch.table.record.tolist()) for s in range(store.record_start[r], store.record_start[r + 1])
+                    if store.response[s] >= 0]  # fmt: skip
+        rows = [np.concatenate([store.tokens[store.start[c] : store.start[c + 1]] for c in store.chain(s)]) for s in segments]
+        own = [model(input_ids=torch.from_numpy(row.astype(np.int64))[None].to(device), use_cache=False).logits for row in rows]
+    error = float((found - torch.cat(own)[:, 0].double()).abs().max())
+    _within("the scores and the model's own forward pass", error, TOLERANCE[dtype] * max(1.0, float(found.abs().max())))
+    out = {"score_error": error}
+    if objective.start is not None:
+        zero, totals = torch.zeros_like(found), totals_of([batch], 1)
+        equal = Columns(zero, zero, torch.ones_like(zero), score=batch.table.score)
+        out["start_loss"] = float(total(objective.terms(equal, batch.table), totals))
+        out["start_expected"] = objective.start(batch.table, totals)
+        _within("the loss of equal scores and its analytic value", abs(out["start_loss"] - out["start_expected"]), START_TOLERANCE["fp64"])
+    return out
 
 
 def _within(what: str, difference: float, tolerance: float) -> None:

@@ -238,7 +238,7 @@ def test_every_command_of_the_page_runs(page, tmp_path, world, cache, monkeypatc
     for step in steps(page):
         if step.not_run:
             continue
-        if page.parent.name == "losses" and re.match("preftune (dpo|sft) ", step.line):
+        if page.parent.name == "losses" and re.match("preftune (dpo|sft|reward) ", step.line):
             # Drawing the report takes five sixths of a run of one step, and is the same on each of these pages.
             step = step._replace(line=f"{step.line} --no-report")
         code, printed, stood_in = do(step, world, monkeypatch)

@@ -33,6 +33,7 @@ from preftune.config import (
     Ppo,
     Rate,
     Report,
+    Reward,
     Sample,
     Score,
     Sft,
@@ -44,6 +45,7 @@ from preftune.config import (
     loss_terms,
     parse_loss,
     resolved_yaml,
+    scored_terms,
     specs,
 )
 from preftune.errors import DataError, ModelError, PreftuneError, UsageError
@@ -206,6 +208,7 @@ def test_invalid_words_are_refused(here, words, fragment):
 
 ENDPOINT = "--model endpoint:http://127.0.0.1:1/v1#m --data pairs.jsonl --output s"
 ASKING = ("--concurrency 2", "--retries 2", "--timeout 2", "--key-variable NAME", "--price-in 2", "--price-out 2")
+TRAIN = "--model model --data pairs.jsonl --output out"
 OTHER_VERBS: list[tuple[type, str, str]] = [
     (Dpo, "", "--model, --data and --output must be given, for example:\n  preftune dpo --model"),
     (Dpo, "--model model --data pairs.jsonl", "--output must be given"),
@@ -216,6 +219,17 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Dpo, "--model model --data pairs.jsonl --output out --allow-change data", "--allow-change has no effect without --resume"),
     (Dpo, "--model model --data pairs.jsonl --output model", "--output is also an input"),
     (Dpo, "--model gpt2 --data pairs.jsonl --output out --offline", "--model gpt2: is not a folder here, and --offline refuses"),
+    (Reward, f"{TRAIN} --average", "--average has no effect without --members N"),
+    (Reward, f"{TRAIN} --members 2 --member 1", "--member is one member, and --members makes all of them"),
+    (Reward, f"{TRAIN} --target labels --from-scores all", "--from-scores has no effect: --target labels and scores read no judgements"),
+    (Reward, f"{TRAIN} --by source --holdout 0", "--by has nothing to evaluate"),
+    (Reward, f"{TRAIN} --by source --target labels", "--by is told of pairs"),
+    (Reward, f"{TRAIN} --publish reward", "--publish reward goes by samples of a policy"),
+    (Reward, f"{TRAIN} --loss sigmoid", "--loss: the loss 'sigmoid' reads log-probs of a policy"),
+    (Reward, f"{TRAIN} --loss binary", "--loss: the loss 'binary' learns from labels: --target labels"),
+    (Reward, f"{TRAIN} --loss.theta 1 --loss rao-kupper", "--loss.theta must be a number above 1"),
+    (Reward, f"{TRAIN} --eval-prompts 3", "unknown option --eval-prompts"),
+    (Dpo, f"{TRAIN} --loss bradley-terry", "--loss: the loss 'bradley-terry' reads the scores of a reward model"),
     (Logprobs, "--model model", "--data must be given"),
     (Logprobs, "--model model --data pairs.jsonl --output pairs.jsonl", "--output is also an input"),
     (Logprobs, "--model model --data pairs.jsonl --k 3", "unknown option --k"),
@@ -578,8 +592,13 @@ def test_losses_read_as_text_are_the_losses_that_run():
         assert facts.formula == loss.function.__doc__.splitlines()[0].strip()
     known = {argument for facts in loss_facts().values() for argument in facts.arguments}
     assert set(LOSS_BOUNDS) <= known
+    targets = {"verdicts": "labels", "grades": "scores"}
     for name, facts in loss_facts().items():  # the defaults pass our own bounds
-        assert loss_terms(Dpo(loss=name, loss_arguments=facts.arguments)) == [(1.0, name, facts.arguments)]
+        if facts.scalar == "only":
+            options = Reward(loss=name, loss_arguments=facts.arguments, target=targets.get(facts.kind, "preferences"))
+            assert scored_terms(options) == [(1.0, name, facts.arguments)]
+        else:
+            assert loss_terms(Dpo(loss=name, loss_arguments=facts.arguments)) == [(1.0, name, facts.arguments)]
 
 
 def test_weighted_sums():

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "adapters", "reference", "parallel", "checkpoints", "objectives"),
     ("engine", "selfcheck"),
     ("endpoints", "judges", "sampling", "rewards", "pairing", "rollouts"),
-    ("evaluate", "monitors", "frontier", "estimate"),
+    ("evaluate", "monitors", "frontier", "estimate", "calibration"),
     ("report", "label"),
     ("pipeline",),
     ("stages", "cli"),
@@ -68,7 +68,7 @@ SLOW_FOR_HELP = (*TENSOR_LIBRARIES, "numpy", "scipy", "matplotlib", "jinja2")
 BUDGET_TOTAL = 23500
 BUDGET_DEFAULT = 420
 BUDGET: dict[str, int] = {
-    "pipeline": 760,  # a run from files or from the policy's own answers to report, which every verb that trains shares
+    "pipeline": 790,  # a run from files or from the policy's own answers to report, which every verb that trains shares
     "config": 1300,  # half are the options of two dozen verbs, the rest reads them strictly from words, YAML, runs and the losses' text
     "losses": 2000,  # every loss with its source and three numbers, a file per kind of item
     "stages": 4200,  # a file per verb
@@ -77,7 +77,7 @@ BUDGET: dict[str, int] = {
     "ratings": 1600,  # four models of comparisons, whether ratings exist, three kinds of intervals, six kinds of rows: five files
     "engine": 460,  # the one loop; with passes that are cut again where memory runs out
     "exact": 700,  # a testbed per kind of objective
-    "models": 560,  # what a model folder from a stranger may hold is read by allow-lists before any library sees it
+    "models": 620,  # what a model folder from a stranger may hold is read by allow-lists before any library sees it; scalar heads
     "tokens": 540,  # with prompts encoded once; every way in which tokenisers differ, each with its refusal
     "rewards": 600,  # rules, reward models, ensembles, endpoints' judges: one kind of answer
     "rollouts": 600,  # samples of the current policy as steps
@@ -90,7 +90,8 @@ LONG_FUNCTIONS: dict[str, str] = {}  # 'room.function': why it is one piece
 OPTIONS_ARE_CALLED = {"options"}
 # A room that a stage uses -> rooms that get its options whole.
 READ_FOR_STAGES = {"pipeline": ("pipeline", "intake"), "endpoints": ("endpoints",)}
-READERS_IN_CONFIG = {"loss_terms", "kl_place", "reads_draws"}  # functions of config.py that stages call to read options for them
+# Functions of config.py that stages call to read options for them.
+READERS_IN_CONFIG = {"loss_terms", "scored_terms", "kl_place", "reads_draws"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

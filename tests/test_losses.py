@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from preftune import exact, losses
-from preftune.losses import LOSSES, Side, arguments, batchwise, distill, lists, pairs, values, verdicts
+from preftune.losses import LOSSES, Side, arguments, batchwise, distill, lists, pairs, reward, values, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pairs"]
@@ -28,7 +28,9 @@ SOFT = [name for name, loss in LOSSES.items() if loss.soft == "swap"]
 SEPARABLE = [name for name in PAIRS if LOSSES[name].separable]
 BATCHWISE = [name for name in PAIRS if not LOSSES[name].separable]
 ANCHORED = [name for name, loss in LOSSES.items() if loss.reference != "none"]
-FREE = [name for name, loss in LOSSES.items() if loss.reference == "none"]
+FREE = [name for name, loss in LOSSES.items() if loss.reference == "none" and not loss.needs]
+SCALAR = [name for name, loss in LOSSES.items() if loss.scalar != "no"]
+ONLY = [name for name, loss in LOSSES.items() if loss.scalar == "only"]
 STARTING = [name for name in ANCHORED if LOSSES[name].start]
 READ_LOG_PI = ["wpo", "alpha-dpo"]  # anchored, yet log pi stands in them outside the log-ratio
 NUMBERED = [(name, argument) for name in LOSSES for argument in arguments(name)]
@@ -147,6 +149,17 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
                        ({"beta": 1.0}, [(-0.75 - log(exp(1) - 1)) ** 2, (0.75 - log(exp(1) - 1)) ** 2, (2.5 - log(exp(1) - 1)) ** 2])],
     "anchor": [({}, [-1, 0, 2])],
     "optimism": [({}, [1, 0, -2])],
+    "bradley-terry": [({}, [ell(2), ell(-1), ell(-3)]), ({"margin": 1.0}, [ell(1), ell(-2), ell(-4)])],
+    "bradley-terry-margin": [({}, [log(2), ell(-1), ell(-2)]), ({"scale": 0.5}, [ell(1), ell(-1), ell(-2.5)])],
+    "centre": [({}, [0, 1, 1])],
+    "davidson": [({}, [log((6 + 8**0.5) / 4 * 7 / 4 * (3 + 2**0.5) / 2), log((3 + 2**0.5) / 2**0.5 * (6 + 8**0.5) / 2 * 7),
+                       log((3 + 2**0.5) * 7)]),
+                 ({"nu": 0.5}, [log((6 + 2**0.5) / 4 * 6 / 4 * (3 + 0.5**0.5) / 2), log((3 + 0.5**0.5) / 0.5**0.5 * (6 + 2**0.5) / 2 * 6),
+                                log((3 + 0.5**0.5) * 6)])],
+    "rao-kupper": [({}, [log(6), log(150), log(45)]), ({"theta": 1.5}, [log(7 / 4 * 11 / 8 * 7 / 4), log(28 / 5 * 4 * 7), log(28)])],
+    "binary": [({}, [ell(1), ell(1), log(2)])],
+    "grades": [({}, [ell(1), ell(-1) - 0.75, log(2)]), ({"low": -1.0, "high": 3.0}, [ell(1) + 0.5, ell(-1) - 0.6875, log(2)])],
+    "square": [({}, [0, 1.5625, 0.25])],
 }  # fmt: skip
 
 
@@ -155,6 +168,8 @@ def worked(name: str) -> tuple:
         return (*pairs.WORKED, batchwise.ONES, *carried(name))
     if LOSSES[name].kind == "draws":
         return values.WORKED[:1]
+    if name in ONLY:
+        return reward.WORKED[LOSSES[name].kind]
     return {"pairs": pairs, "verdicts": verdicts, "scored": distill, "values": values}.get(LOSSES[name].kind, lists).WORKED
 
 
@@ -208,8 +223,11 @@ def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
         return LOSSES[name].function(chosen, *draws, **numbers)
     if name in RANKED:
         place = torch.arange(2 * len(chosen.policy))
-        both = Side(*(torch.stack([getattr(chosen, k), getattr(rejected, k)], 1).flatten() for k in ("policy", "reference", "length")))
+        columns = [(getattr(chosen, k), getattr(rejected, k)) for k in ("policy", "reference", "length")]
+        both = Side(*(None if one is None else torch.stack([one, other], 1).flatten() for one, other in columns))
         return LOSSES[name].function(both, lists.Rankings(place // 2, place % 2), **numbers)
+    if LOSSES[name].kind == "grades":
+        return LOSSES[name].function(chosen, **numbers)
     desirable = torch.arange(len(chosen.policy)) % 2 == 0
     return LOSSES[name].function(chosen, desirable, torch.tensor(0.3, dtype=chosen.policy.dtype), **numbers)
 
@@ -222,18 +240,19 @@ def test_the_sweeps_sweep():
     assert set(GOLDEN) == set(LOSSES)
     assert len(LOSSES) >= 35 and len(PAIRS) >= 34 and len(SOFT) >= 33 and len(BATCHWISE) >= 5
     assert len(ANCHORED) >= 29 and len(FREE) >= 6 and len(NUMBERED) >= 55 and len(STARTING) >= 26
-    assert set(ANCHORED) | set(FREE) == set(LOSSES)
+    assert set(ANCHORED) | set(FREE) | set(ONLY) == set(LOSSES) and len(ONLY) >= 8 and len(SCALAR) >= 14
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_line_of_the_table(name):
     loss = LOSSES[name]
-    assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws"} and loss.source
+    assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws", "grades"} and loss.source
     assert loss.reference in {"none", "token", "distribution"}
     assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member", "kl"}
+    assert loss.scalar in {"no", "too", "only"} and (loss.scalar != "only" or loss.reference == "none")
     data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order",
             "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples"}
-    free = loss.reference == "none" or name in data
+    free = name in {"bradley-terry-margin", "square"} if name in ONLY else loss.reference == "none" or name in data
     assert (loss.start is None) == free, "policy = reference fixes a value where there is a reference and nothing else is read"
     assert all(isinstance(v, float) for v in arguments(name).values())
     assert not {"temperature", "divisor"} & set(arguments(name)), "beta multiplies the log-ratio; there is no second convention"
@@ -350,7 +369,7 @@ def test_known_starts():
 def test_every_argument_changes_the_value(name, argument):
     """An option that changes nothing is a lie."""
     before = LOSSES[name].function(*worked(name))
-    after = LOSSES[name].function(*worked(name), **{argument: arguments(name)[argument] * (0.5 if argument == "keep" else 1.5)})
+    after = LOSSES[name].function(*worked(name), **{argument: arguments(name)[argument] * (0.5 if argument == "keep" else 1.5) or 0.5})
     assert (before != after).any()
 
 

@@ -20,7 +20,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from . import batchwise, distill, divergences, lists, pairs, tokenwise, unanchored, values, verdicts
+from . import batchwise, distill, divergences, lists, pairs, reward, tokenwise, unanchored, values, verdicts
 from .pairs import Side
 
 RATIO, MEAN_RATIO, POLICY, MEAN_POLICY = map(attrgetter, ("ratio", "mean_ratio", "policy", "mean_policy"))
@@ -39,7 +39,7 @@ class Loss:
             `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`; kind 'orders': the same, 0 for a list of one tier, whose votes
             do not count in the mean; kind 'scored', any two scored responses of a prompt: `f(one: Side, other: Side, *, ...) -> (B,)`;
             kind 'values', scored responses: `f(side: Side, draws: values.Draws, *, ...) -> (B,)`; kind 'draws', samples of the
-            reference: `f(side: Side, *, ...) -> (B,)`.
+            reference, and kind 'grades', single responses that the data gave a score: `f(side: Side, *, ...) -> (B,)`.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution' (that, and the reference
             itself, run beside the policy at every step).
@@ -50,6 +50,8 @@ class Loss:
         mismatched: needs each prompt with another record's response (KTO's z0).
         needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'kl' (reference='distribution').
         partition: its Z is estimated from samples, so their number and weights decide whether it can be trained at all.
+        scalar: whether it stands on the scores of a reward model: 'no'; 'only'; or 'too', with beta 1 and a reference of 0. Then `start`
+            is its value where all scores are 0.
         reads: what the loss calls the quality of a response: its difference decides "accuracy", beta times it is the reward.
         start: the value of every item where policy = reference, worked on paper, from all of the loss's arguments (as
             `arguments` names them); for verdicts `start(arguments, desirable)`, for lists
@@ -68,6 +70,7 @@ class Loss:
     separable: bool = True
     mismatched: bool = False
     needs: tuple[str, ...] = ()
+    scalar: str = "no"
     reads: Callable[[Side], Tensor] = RATIO
     start: Callable[..., float] | None = None
     carry: Mapping[str, float] = field(default_factory=dict)
@@ -201,17 +204,43 @@ def _pessimistic(arguments: Mapping[str, float], gap: float, members: Sequence[f
     return (max(0.0, min(members)) + min(0.0, max(members))) ** 2 / arguments["unit"] ** 2
 
 
+def _margin(arguments: Mapping[str, float]) -> float:
+    return math.log1p(math.exp(arguments["margin"]))
+
+
 def _zero(arguments: Mapping[str, float]) -> float:
     return 0.0
+
+
+def _compared(tiers: tuple[int, ...], below: int) -> tuple[int, int]:
+    """Of a list (pairs of different tiers, pairs inside a tier); what is below is not compared among itself."""
+    inside = sum(math.comb(d, 2) for d in tiers)
+    return math.comb(sum(tiers) + below, 2) - inside - math.comb(below, 2), inside
+
+
+def _davidson_pairs(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """1/(2 + nu) and nu/(2 + nu)."""
+    apart, tied = _compared(tiers, below)
+    return (apart + tied) * math.log(2 + arguments["nu"]) - tied * math.log(arguments["nu"])
+
+
+def _rao_kupper(arguments: Mapping[str, float], tiers: tuple[int, ...], below: int) -> float:
+    """1/(1 + theta) and (theta - 1)/(theta + 1)."""
+    apart, tied = _compared(tiers, below)
+    return (apart + tied) * math.log(1 + arguments["theta"]) - tied * math.log(arguments["theta"] - 1)
+
+
+def _binary(arguments: Mapping[str, float], desirable: bool) -> float:
+    return math.log(2)
 
 
 LOSSES: Mapping[str, Loss] = {
     "sigmoid": Loss(pairs.sigmoid, "pairs", "token", "swap", "arXiv:2305.18290, Eq. 7", start=_ln2),
     "reference-free": Loss(pairs.reference_free, "pairs", "none", "swap", "arXiv:2305.18290, authors' code", reads=POLICY),
-    "robust": Loss(pairs.robust, "pairs", "token", "swap", "arXiv:2403.00409", start=_ln2),
+    "robust": Loss(pairs.robust, "pairs", "token", "swap", "arXiv:2403.00409", start=_ln2, scalar="too"),
     "ipo-sum": Loss(pairs.ipo_sum, "pairs", "token", "swap", "arXiv:2310.12036, Eq. 17", start=_ipo),
     "ipo-mean": Loss(pairs.ipo_mean, "pairs", "token", "swap", "arXiv:2310.12036, as in TRL", start=_ipo, reads=MEAN_RATIO),
-    "hinge": Loss(pairs.hinge, "pairs", "token", "swap", "arXiv:2309.06657, hinge-norm", start=_one),
+    "hinge": Loss(pairs.hinge, "pairs", "token", "swap", "arXiv:2309.06657, hinge-norm", start=_one, scalar="too"),
     "sigmoid-norm": Loss(pairs.sigmoid_norm, "pairs", "token", "swap", "arXiv:2411.15124 (Tulu 3)", start=_ln2, reads=MEAN_RATIO),
     "simpo": Loss(pairs.simpo, "pairs", "none", "swap", "arXiv:2405.14734, Eq. 6", reads=MEAN_POLICY),
     "nll": Loss(pairs.nll, "pairs", "none", "ignore", "arXiv:2404.19733, the added term", reads=POLICY),
@@ -247,13 +276,13 @@ LOSSES: Mapping[str, Loss] = {
     "kto": Loss(verdicts.kto, "verdicts", "token", "refuse", "arXiv:2402.01306, Eq. 8", separable=False, mismatched=True,
                 start=_kto),
     "plackett-luce": Loss(lists.plackett_luce, "lists", "token", "refuse", "arXiv:2305.18290, appendix A.3; ties: Efron 1977",
-                          start=_orders),
+                          start=_orders, scalar="too"),
     "plackett-luce-breslow": Loss(lists.plackett_luce_breslow, "lists", "token", "refuse", "as plackett-luce; ties: Breslow 1974",
-                                  start=_breslow),
+                                  start=_breslow, scalar="too"),
     "plackett-luce-davidson": Loss(lists.plackett_luce_davidson, "lists", "token", "refuse", "arXiv:1810.12068 (Davidson-Luce)",
-                                   start=_davidson),
+                                   start=_davidson, scalar="too"),
     "lipo": Loss(lists.lipo, "orders", "token", "refuse", "arXiv:2402.01878 (LiPO-lambda)"),
-    "s-dpo": Loss(lists.s_dpo, "orders", "token", "refuse", "arXiv:2406.09215", start=_first),
+    "s-dpo": Loss(lists.s_dpo, "orders", "token", "refuse", "arXiv:2406.09215", start=_first, scalar="too"),
     "soft": Loss(distill.soft, "scored", "token", "refuse", "arXiv:2406.11704; the notes' distillation", needs=("score",), start=_soft),
     "soft-square": Loss(distill.soft_square, "scored", "token", "refuse", "arXiv:2405.19316, d-DPO", needs=("score",), start=_square),
     "soft-kl": Loss(distill.soft_kl, "scored", "token", "refuse", "arXiv:2406.11704", needs=("score",), start=_soft_kl),
@@ -266,6 +295,20 @@ LOSSES: Mapping[str, Loss] = {
     "value-quantile": Loss(values.value_quantile, "values", "token", "refuse", "arXiv:2507.08068 (QRPO)", needs=("score",)),
     "anchor": Loss(values.anchor, "draws", "token", "refuse", "arXiv:2405.19316, its forward KL", start=_zero),
     "optimism": Loss(values.optimism, "draws", "token", "refuse", "arXiv:2405.21046 (XPO)", start=_zero),
+    "bradley-terry": Loss(reward.bradley_terry, "pairs", "none", "swap", "Bradley and Terry 1952; arXiv:2009.01325", reads=POLICY,
+                          start=_margin, scalar="only"),
+    "bradley-terry-margin": Loss(reward.bradley_terry_margin, "pairs", "none", "swap", "arXiv:2307.09288, Eq. 2", needs=("score",),
+                                 reads=POLICY, scalar="only"),
+    "centre": Loss(reward.centre, "pairs", "none", "ignore", "arXiv:2312.09244", reads=POLICY, start=_zero, scalar="only"),
+    "davidson": Loss(reward.davidson, "lists", "none", "refuse", "Davidson 1970", reads=POLICY, start=_davidson_pairs, scalar="only"),
+    "rao-kupper": Loss(reward.rao_kupper, "lists", "none", "refuse", "Rao and Kupper 1967", reads=POLICY, start=_rao_kupper,
+                       scalar="only"),
+    "binary": Loss(reward.binary, "verdicts", "none", "refuse", "arXiv:2110.14168 (verifiers)", reads=POLICY, start=_binary,
+                   scalar="only"),
+    "grades": Loss(reward.grades, "grades", "none", "refuse", "McCullagh 1980", needs=("score",), reads=POLICY, start=_ln2,
+                   scalar="only"),
+    "square": Loss(reward.square, "grades", "none", "refuse", "arXiv:2406.08673 (HelpSteer2)", needs=("score",), reads=POLICY,
+                   scalar="only"),
 }
 
 

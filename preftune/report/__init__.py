@@ -22,7 +22,7 @@ from .. import config
 from ..errors import DataError, UsageError, nearest
 from ..files import atomic_write, read_json, read_jsonl
 from ..screen import clean
-from .charts import CHARTS, Chart, draw, gate_charts
+from .charts import CALIBRATION, CHARTS, Chart, draw, gate_charts
 from .findings import (
     Z95,
     Finding,
@@ -308,7 +308,8 @@ def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[s
         "name": run.name, "stage": stage, "level": level, "headline": headline, "findings": found,
         "finished": run.results is not None, "tiles": list(tiles(before, after, results)),
         "extra": extras(run.extra, faults), "faults": faults,
-        "charts": [(chart, Markup(svg)) for chart in charts if (svg := draw(chart, training, scored))],
+        "charts": [(chart, Markup(svg)) for chart, svg in (*((c, draw(c, training, scored)) for c in charts),
+                                                           (CALIBRATION, draw(CALIBRATION, [], _bins(results.get("reward"))))) if svg],
         "samples": shown, "samples_of": in_all, "sampled_at": last, "best_step": results.get("best_step"),
         "numbers": [(name, plain(before.get(name)), plain(after.get(name))) for name in names],
         "chosen": chosen, "default": default, "model": run.options.get("model"), "loss": run.options.get("loss"),
@@ -319,6 +320,13 @@ def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[s
         "fingerprints": flat(run.manifest.get("fingerprints")), "next": results.get("next"),
         "command": results.get("command") or f"preftune {stage} --resume {shlex.quote(str(folder))}",
     }  # fmt: skip
+
+
+def _bins(reward: Any) -> list[Row]:
+    """The groups of a reward model's calibration, or none."""
+    found = reward.get("calibration", {}) if isinstance(reward, Mapping) else {}
+    rows = found.get("bins", []) if isinstance(found, Mapping) else []
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
 def write(run_folder: str | Path, output: str | Path | None = None) -> Path:

@@ -93,6 +93,10 @@ def gate_charts(gate: Row, scored: Sequence[Row]) -> tuple[Chart, ...]:
     )  # fmt: skip
 
 
+CALIBRATION = Chart("Calibration", "How often what was predicted of held-out answers was so, by how sure the model was: groups of "
+    "equal size, 95% intervals. On the grey line it is right as often as it says.",
+    "share", (Line("as it says", "predicted", "faint"), Line("observed", "observed", "blue", ("low", "high"))), x="predicted")  # fmt: skip
+AXES = {"step": "step", "kl_sequence_rb": "KL, nats per answer", "predicted": "predicted probability"}
 # Colours stand for CSS variables of the page, so that one drawing reads in light and in dark.
 COLOURS = {"axis": "#0a0b01", "grid": "#0a0b02", "faint": "#0a0b03", "blue": "#0a0b04", "orange": "#0a0b05", "green": "#0a0b06"}
 MOST_POINTS = 120
@@ -148,7 +152,7 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.tick_params(color=COLOURS["grid"], labelcolor=COLOURS["axis"])
     axes.grid(axis="y", color=COLOURS["grid"], linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step" if chart.x == "step" else "KL, nats per answer", color=COLOURS["axis"])
+    axes.set_xlabel(AXES[chart.x], color=COLOURS["axis"])
     axes.set_ylabel(chart.unit, color=COLOURS["axis"])
     for rule in (*chart.rules, *(() if chart.rule is None else (chart.rule,))):
         axes.axhline(rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
