@@ -429,6 +429,7 @@ class Frontier(Machine):
     best_of_samples: int = option(64, "draws per prompt that best-of-n is computed from; well above the largest n", group="evidence", low=1)
     at: list[str] = option(["1", "3", "10"], "KLs in nats at which methods are compared", group="evidence", shows="KL")
     kl_limit: float | None = option(None, "KL up to which areas are taken. Default: the largest of all points", group="evidence", low=0, open_low=True)
+    jobs: int = option(1, "runs at a time, each in a process of its own; more than the cores help nobody", group="machine", low=1)
     threads: int | None = option(None, "CPU threads. Default: as every run chooses", group="machine", low=1)
 
 

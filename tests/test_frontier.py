@@ -180,13 +180,17 @@ def test_the_same_command_goes_on_and_another_is_refused(done, capsys):
     assert "other options" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(place, capsys):
+def test_a_run_that_fails_is_named_and_the_others_go_on(place, done):
     (place / "bad.py").write_text("def rule(prompt, response):\n    raise ValueError('no')\n")
     given = words(place, "part", "--methods", "preferred-ft", "online:0.1", "--reward", f"python:{place / 'bad.py'}:rule")
-    assert cli.main([*given, "--seeds", "1"][:-2]) == 3
+    assert cli.main([*given, "--jobs", "2"]) == 3
     facts = json.loads((place / "part" / "frontier.json").read_text())
     assert [f["run"] for f in facts["failed"]] == ["online-0.1-0", "online-0.1-1"] and list(facts["methods"]) == ["preferred-ft"]
     assert "online-0.1-0" in (place / "part" / "frontier.html").read_text()
+    assert "the function raised ValueError: no" in facts["failed"][0]["why"]
+    before = json.loads((place / "whole" / "frontier.json").read_text())  # a run in a process of its own is the same run
+    same = [[p for p in found["points"] if p["method"] == "preferred-ft"] for found in (before, facts)]
+    assert [[p["kl"], p["reward"]] for p in same[0]] == [[p["kl"], p["reward"]] for p in same[1]]
 
 
 REFUSALS = [

@@ -8,7 +8,11 @@ fails is named and the others go on.
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import torch
 from .. import frontier, models, runs
 from ..certainty import mean_of
 from ..config import Dpo, Frontier, Given, OnlineDpo, Options, Ppo, Sft, build, convert, hint, loss_facts, resolved_yaml, specs
-from ..errors import PreftuneError, UsageError, nearest
+from ..errors import Interrupted, PreftuneError, UsageError, nearest
 from ..files import append_jsonl, atomic_write, new_folder, read_json, read_jsonl, run_lock, write_json
 from ..formats import read, to_json
 from ..frontier import Point
@@ -232,16 +236,57 @@ def _write(path: Path, records: Sequence[Record]) -> None:
 # ---------------------------------------------------------------- running
 
 
-def _train(job: Job, options: Frontier, train: Sequence[Record]) -> None:
-    """Make or go on with one run. Raises PreftuneError."""
-    if (job.folder / "results.json").is_file():
-        return
-    this, own = method(job.method), job.options
-    if this.records is not None and not (path := _trains_on(job.folder, this)).is_file():
-        _write(path, this.records(train, options, job.beta or 0.0))
-    if (job.folder / "config.yaml").is_file():
-        own = type(own)(resume=str(job.folder))
-    VERBS[this.verb][1](own)
+def _train(job: Job) -> None:
+    """Make or go on with one run, here. Raises PreftuneError."""
+    goes_on = (job.folder / "config.yaml").is_file()
+    VERBS[method(job.method).verb][1](type(job.options)(resume=str(job.folder)) if goes_on else job.options)
+
+
+def _train_apart(job: Job) -> None:
+    """The same in a process of its own; what it says goes to NAME.log. Raises PreftuneError with its last line and exit code."""
+    goes_on, verb = (job.folder / "config.yaml").is_file(), method(job.method).verb
+    config, log = job.folder.with_name(f"{job.folder.name}.yaml"), job.folder.with_name(f"{job.folder.name}.log")
+    atomic_write(config, resolved_yaml(job.options))
+    words = ["--resume", str(job.folder)] if goes_on else ["--config", str(config)]
+    with log.open("wb") as out:
+        done = subprocess.run([sys.executable, "-m", "preftune", verb, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    if done.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        said = f"{''.join(last)} ({log})"
+        stopped = next((n for n in (signal.SIGINT, signal.SIGTERM) if done.returncode in (-n, 128 + n)), None)
+        if stopped:
+            raise Interrupted(said, signal_number=stopped)
+        error = PreftuneError(said)
+        error.exit_code = done.returncode if done.returncode > 0 else 128 - done.returncode
+        raise error
+
+
+def _make(todo: Sequence[Job], options: Frontier, train: Sequence[Record]) -> list[tuple[Job, PreftuneError]]:
+    """Make what is missing, `--jobs` at a time; the runs that failed."""
+    missing = [job for job in todo if not (job.folder / "results.json").is_file()]
+    for job in missing:
+        this = method(job.method)
+        if this.records is not None and not (path := _trains_on(job.folder, this)).is_file():
+            _write(path, this.records(train, options, job.beta or 0.0))
+    failed: list[tuple[Job, PreftuneError]] = []
+
+    def one(job: Job) -> None:
+        say(f"{missing.index(job) + 1}/{len(missing)} {job.folder.name}")
+        try:
+            (_train if options.jobs == 1 else _train_apart)(job)
+        except (UsageError, Interrupted):
+            raise
+        except PreftuneError as error:
+            failed.append((job, error))
+            say(f"{job.folder.name} failed: {clean(str(error))}")
+
+    if options.jobs == 1:
+        for job in missing:
+            one(job)
+    else:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(one, missing))
+    return sorted(failed, key=lambda item: todo.index(item[0]))
 
 
 def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
@@ -290,30 +335,22 @@ def run(options: Frontier) -> int:
         say(f"{len(todo)} runs{', and draws for best-of-n' if BEST_OF_N in options.methods else ''}: nothing was done")
         return 0
     _claim(options, folder)
-    failed: list[tuple[Job, PreftuneError]] = []
     with run_lock(folder):
         _split(options, folder)
         train = read([folder / "train.jsonl"]).records
         points = _drawn_points(options, folder) if BEST_OF_N in options.methods else []
-        for number, job in enumerate(todo, 1):
-            say(f"{number}/{len(todo)} {job.folder.name}")
-            try:
-                _train(job, options, train)
-            except PreftuneError as error:
-                if isinstance(error, UsageError):
-                    raise
-                failed.append((job, error))
-                say(f"{job.folder.name} failed: {clean(str(error))}")
-                continue
-            points += frontier.points_of(runs.Log(job.folder / "metrics.jsonl").rows(), method=job.method, setting=job.setting,
-                                         seed=job.seed)  # fmt: skip
+        failed = _make(todo, options, train)
+        for job in todo:
+            if (job.folder / "results.json").is_file():
+                points += frontier.points_of(runs.Log(job.folder / "metrics.jsonl").rows(), method=job.method, setting=job.setting,
+                                             seed=job.seed)  # fmt: skip
         _finish(options, folder, points, failed)
     return failed[0][1].exit_code if failed else 0
 
 
 def _claim(options: Frontier, folder: Path) -> None:
     """A new folder, or one that the same options began. Raises UsageError."""
-    text = resolved_yaml(replace(options, dry_run=False))
+    text = resolved_yaml(replace(options, dry_run=False, jobs=1))
     if (folder / "frontier.yaml").is_file():
         if (folder / "frontier.yaml").read_text(encoding="utf-8") != text:
             raise UsageError(f"--output {folder}: holds a frontier of other options (frontier.yaml); name a new folder")
