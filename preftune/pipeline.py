@@ -378,7 +378,10 @@ def _probe(model: Any, store: Store, train: np.ndarray, codec: Codec, texts: Cal
     chosen = selfcheck.probe(store, train)
     prompts = [encode_prompt(codec, texts(r)) for r in chosen]
     samples = sample(model, prompts, ends=[end_ids(codec, texts(r)) for r in chosen], max_tokens=8, seed=0)
-    return from_ids(prompts, [[s.ids for s in row] for row in samples]), np.arange(len(chosen))
+    # A policy may say BOS; whether it stands once is asked of the prompt.
+    said = [[tuple(i for i in s.ids if i not in (codec.bos, codec.eos)) or prompt[-1:] for s in row]
+            for prompt, row in zip(prompts, samples, strict=True)]  # fmt: skip
+    return from_ids(prompts, said), np.arange(len(chosen))
 
 
 def _as_rolled(setup: Setup, k: int, max_tokens: int) -> tuple[Store, np.ndarray, Order]:

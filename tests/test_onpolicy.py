@@ -8,7 +8,7 @@ import torch
 
 from preftune import engine, rollouts
 from preftune.batches import make_batch, make_step
-from preftune.exact import BOS, T3, TableModel
+from preftune.exact import B4, BOS, T3, Problem, TableModel, optimum
 from preftune.losses import onpolicy
 from preftune.store import from_ids
 
@@ -272,3 +272,13 @@ def test_temperature_divides_the_logits_of_what_is_read():
         sums = np.zeros(15)
         np.add.at(sums, batch.response.numpy(), found[name][batch.slot.numpy()])
         assert sums == pytest.approx(T3.logps(logits / 0.7).numpy(), abs=1e-12)
+
+
+def test_rounds_with_a_moving_reference_are_one_round_at_a_smaller_beta():
+    """Property 16: T rounds to the optimum at beta, each from the last policy, end where one at beta / T does."""
+    moved = B4
+    for _ in range(3):
+        moved = Problem(optimum(moved, beta=2.0), B4.reward)
+    assert moved.reference == pytest.approx(optimum(B4, beta=2 / 3), abs=1e-12)
+    assert moved.reference == pytest.approx([0.095775, 0.321925, 0.101378, 0.480922], abs=1e-6)
+    assert optimum(B4, beta=2.0)[3] < 0.2

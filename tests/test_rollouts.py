@@ -13,12 +13,12 @@ import torch
 from test_dpo import lines, same_run
 from transformers import AutoModelForCausalLM
 
-from preftune import checkpoints, engine, models, rollouts, sampling
+from preftune import checkpoints, engine, grammar, models, rollouts, sampling
 from preftune.batches import make_step
 from preftune.config import OnlineDpo, Ppo
 from preftune.errors import DataError, NumericsError, UsageError
 from preftune.exact import BOS, T3, TableModel
-from preftune.stages import online, ppo
+from preftune.stages import demo, online, ppo
 from preftune.store import from_ids
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -224,3 +224,29 @@ def test_prompts_are_read_from_anything_and_refusals_are_told(world, tmp_path):
         online.run(OnlineDpo(**common(world, tmp_path / "kto") | {"loss": "kto"}))
     with pytest.raises(UsageError, match="needs --temperature 1"):
         online.run(OnlineDpo(**common(world, tmp_path / "kto") | {"loss": "sigmoid+0.1*optimism", "temperature": 0.5}))
+
+
+# ---- it learns ---------------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_the_grammars_true_reward(tmp_path):
+    """A short-trained model of the demo's world: the hidden reward of its answers to customers it never met rises, whatever the method."""
+    recipe = demo.Recipe(width=32, inner=64, sft_steps=160)
+    asked = [p for p in grammar.prompts("en") if "phone" in p and ("frozen" in p or "too hot" in p)]
+    train, held = [p for p in asked if "Excuse me" not in p], [p for p in asked if "Excuse me" in p]
+    model, codec = demo._base(recipe, "en", train, 0)
+    models.save(model, codec.tokenizer, tmp_path / "base")
+    (tmp_path / "judge.py").write_text(demo.JUDGE)
+    for name, prompts in (("train", train), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    options = {"model": str(tmp_path / "base"), "data": [str(tmp_path / "train.jsonl")], "eval_data": [str(tmp_path / "held.jsonl")],
+               "reward": f"python:{tmp_path / 'judge.py'}:judge", "lr": 3e-3, "batch_size": 10, "sample_tokens": 32, "eval_samples": 32,
+               "eval_every": 100, "beta": 0.1, "report": False, "threads": 1}  # fmt: skip
+    verbs = {"ppo": (ppo, Ppo(**options, output=str(tmp_path / "ppo"), passes=2, epochs=6, k=8)),
+             "rloo": (ppo, Ppo(**options, output=str(tmp_path / "rloo"), passes=1, epochs=8, k=8, advantage="rloo")),
+             "online": (online, OnlineDpo(**options, output=str(tmp_path / "online"), epochs=8, k=8))}  # fmt: skip
+    for name, (verb, chosen) in verbs.items():
+        assert verb.run(chosen) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        rewards = [results[when]["reward"] for when in ("before", "after")]
+        assert rewards[1] > rewards[0] + 0.15 and 0 < results["after"]["kl_sequence_rb"] < 10, (name, rewards)
