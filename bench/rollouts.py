@@ -26,7 +26,7 @@ from preftune import models, sampling  # noqa: E402
 
 VOCABULARY, ENDS, MOST = 8000, tuple(range(1, 161)), 160
 # (width, inner, layers, heads), prompts, their tokens from and to, k
-CASES = (((64, 128, 2, 4), 16, 16, 48, 4), ((256, 704, 4, 4), 8, 64, 128, 8), ((384, 1024, 8, 6), 4, 128, 256, 8))
+CASES = (((64, 128, 2, 4), 16, 16, 48, 4), ((256, 704, 4, 4), 8, 64, 128, 8))
 
 
 def network(width: int, inner: int, layers: int, heads: int) -> LlamaForCausalLM:
