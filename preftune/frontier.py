@@ -27,8 +27,8 @@ class Point:
     Args:
         method: its name in the table. setting: what of it was varied, such as 'beta 0.1'. seed: of the run. step: of the evaluation.
         last: whether the run ended there. kl: nats a response, from the start, on the policy's own samples. reward: the true or held-out
-        one; both with standard errors over prompts, or None where one prompt gives none. tokens, seconds: what training to this point
-        cost.
+        one; both with standard errors over prompts, or None where one prompt gives none. accuracy: on held-out pairs, where the method
+        has one. tokens, seconds: what training to this point cost.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Point:
     kl_se: float | None
     reward: float
     reward_se: float | None
+    accuracy: float | None
     tokens: int
     seconds: float
 
@@ -51,7 +52,7 @@ def points_of(rows: Sequence[Mapping[str, Any]], *, method: str, setting: str, s
         tokens, seconds = int(row.get("num_tokens", tokens)), float(row.get("seconds", seconds))
         if "kl_sequence_rb" in row:
             found.append(Point(method, setting, seed, int(row["step"]), row is seen[-1], row["kl_sequence_rb"], row["kl_sequence_rb_se"],
-                               row["reward"], row["reward_se"], tokens, seconds))  # fmt: skip
+                               row["reward"], row["reward_se"], row.get("eval/rewards/accuracies"), tokens, seconds))  # fmt: skip
     return found
 
 
@@ -129,7 +130,8 @@ def table(points: Sequence[Point], *, limit: float | None = None, at: Sequence[f
 
     Returns:
         'limit', 'at'; 'methods': name -> {'area', 'heights' (one per `at`), 'best' (the point of highest reward), 'curve' (of all
-        seeds together), 'points', 'tokens', 'seconds'}; 'differences': 'A - B' -> {'area', 'heights'}, paired by seed.
+        seeds together), 'points', 'tokens', 'seconds'}; 'differences': 'A - B' -> {'area', 'heights'}, paired by seed; 'ends': per
+        method and setting, where its runs ended.
     """
     limit = limit or max(p.kl for p in points)
     at = [kl for kl in at if kl <= limit]
@@ -163,4 +165,21 @@ def table(points: Sequence[Point], *, limit: float | None = None, at: Sequence[f
                 differences[f"{one} - {other}"] = {
                     "area": over_seeds([area(a, limit) - area(b, limit) for a, b in both]),
                     "heights": [over_seeds([height(a, kl) - height(b, kl) for a, b in both]) for kl in at]}  # fmt: skip
-    return {"limit": limit, "at": list(at), "methods": methods, "differences": differences}
+    return {"limit": limit, "at": list(at), "methods": methods, "differences": differences, "ends": ends_of(points)}
+
+
+def ends_of(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Per method and setting, in order: means over seeds of KL, reward, accuracy, tokens and seconds where the runs ended."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        if point.last or not point.seconds:  # best-of-n has no way there: every n is an end
+            groups.setdefault((point.method, point.setting), []).append(point)
+    out = []
+    for (name, setting), own in groups.items():
+        own = [p for p in own if p.step]
+        if own:
+            known = [p.accuracy for p in own if p.accuracy is not None]
+            out.append({"method": name, "setting": setting, "kl": over_seeds([p.kl for p in own]),
+                        "reward": over_seeds([p.reward for p in own]), "accuracy": over_seeds(known) if known else None, "tokens": over_seeds([p.tokens for p in own])["mean"],
+                        "seconds": over_seeds([p.seconds for p in own])["mean"]})  # fmt: skip
+    return out

@@ -99,7 +99,7 @@ def test_points_are_a_runs_evaluations_with_what_they_cost():
 
 
 def point(method, seed, kl, reward, step=1, last=True):
-    return Point(method, "", seed, step, last, kl, 0.1, reward, 0.1, 100 * step, 1.0)
+    return Point(method, "", seed, step, last, kl, 0.1, reward, 0.1, 0.75, 100 * step, 1.0)
 
 
 def test_methods_are_compared_seed_by_seed_from_the_same_start():
@@ -112,6 +112,8 @@ def test_methods_are_compared_seed_by_seed_from_the_same_start():
     difference = found["differences"]["a - b"]
     assert [difference["area"][key] for key in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
     assert [h["mean"] for h in difference["heights"]] == pytest.approx([0.25, 0.5])
+    first, second = found["ends"]
+    assert (first["method"], first["kl"]["mean"], second["reward"]["mean"], second["accuracy"]["mean"]) == ("a", 2.0, 1.05, 0.75)
     assert found["methods"]["b"]["best"]["reward"] == 1.1 and found["methods"]["a"]["tokens"] == 100
 
 

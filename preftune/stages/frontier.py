@@ -318,7 +318,7 @@ def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
         for n in sizes:
             pairs = np.array([frontier.best_of_n(p, t, n) for p, t in zip(*judged, strict=True)])
             (reward, reward_se), (kl, kl_se) = (mean_of(column, np.arange(len(pairs))) for column in pairs.T)
-            point = Point(BEST_OF_N, f"n {n}", seed, 1, n == sizes[-1], kl, kl_se, reward, reward_se, tokens * n // many, 0.0)
+            point = Point(BEST_OF_N, f"n {n}", seed, 1, n == sizes[-1], kl, kl_se, reward, reward_se, None, tokens * n // many, 0.0)
             append_jsonl(kept, asdict(point))
             found.append(point)
     return found
