@@ -180,6 +180,7 @@ def ends_of(points: Sequence[Point]) -> list[dict[str, Any]]:
         if own:
             known = [p.accuracy for p in own if p.accuracy is not None]
             out.append({"method": name, "setting": setting, "kl": over_seeds([p.kl for p in own]),
-                        "reward": over_seeds([p.reward for p in own]), "accuracy": over_seeds(known) if known else None, "tokens": over_seeds([p.tokens for p in own])["mean"],
+                        "reward": over_seeds([p.reward for p in own]), "accuracy": over_seeds(known) if known else None,
+                        "tokens": over_seeds([p.tokens for p in own])["mean"],
                         "seconds": over_seeds([p.seconds for p in own])["mean"]})  # fmt: skip
     return out
