@@ -28,12 +28,13 @@ from ..files import append_jsonl, atomic_write, new_folder, read_json, read_json
 from ..formats import read, to_json
 from ..frontier import Point
 from ..pairing import accept
-from ..records import Record, Response, prompt_key
+from ..records import Record, prompt_key
 from ..report.frontiers import frontier_page, frontier_svg
 from ..rewards import scorer
 from ..sampling import sample
 from ..screen import bar, clean, say
-from ..tokens import decode_response, encode_prompt, end_ids, make_codec
+from ..store import from_ids
+from ..tokens import encode_prompt, end_ids, make_codec
 from . import dpo, online, ppo, sft
 
 
@@ -309,11 +310,8 @@ def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
     for seed in missing:
         with bar(f"best of n, seed {seed}", len(ids) * many) as advance:
             drawn = sample(model, ids, ends=ends, k=many, max_tokens=options.sample_tokens, seed=seed, rows_at_once=64, progress=advance)
-        asked, answers = [], []
-        for prompt, prompt_ids, end, row in zip(prompts, ids, ends, drawn, strict=True):
-            asked += [prompt] * many
-            answers += [Response(decode_response(codec, prompt_ids, list(s.ids), end), s.finished) for s in row]
-        judged = [np.asarray(score(asked, answers)).reshape(len(ids), many) for score in (proxy, truth)]
+        store = from_ids(ids, [[s.ids for s in row] for row in drawn])
+        judged = [score.rollouts(store, codec, prompts).reshape(len(ids), many) for score in (proxy, truth)]
         tokens = sum(len(s.ids) for row in drawn for s in row)
         for n in sizes:
             pairs = np.array([frontier.best_of_n(p, t, n) for p, t in zip(*judged, strict=True)])
