@@ -84,7 +84,7 @@ def check(model: Any, store: Store, records: Sequence[int] | np.ndarray, objecti
             f"{seen} of {layers} layers read the segment table: this model must not share prompts; please report it"
         )
     _within("packed log-probs and the model's own forward pass", found["packed_error"], TOLERANCE[dtype])
-    _check_ids(store, batch, codec)
+    _check_ids(store, batch, codec, drawn=not fresh)
     if fresh and "reference" in columns:
         found["reference_error"] = float((logps.float() - batch.columns["reference"]).abs().max())
         _within(
@@ -134,8 +134,11 @@ def _within(what: str, difference: float, tolerance: float) -> None:
         raise SelfCheckError(f"self-check: {what} differ by {difference:.3g}, more than {tolerance:g}; nothing was trained")
 
 
-def _check_ids(store: Store, batch: Batch, codec: Codec) -> None:
-    """Targets are exactly the trained ids; the first is read from the prompt's last state; one BOS; an end token only at the end."""
+def _check_ids(store: Store, batch: Batch, codec: Codec, *, drawn: bool) -> None:
+    """Targets are exactly the trained ids; the first is read from the prompt's last state; one BOS; an end token only at the end.
+
+    drawn: the answers are the policy's own, in which a BOS is what it said.
+    """
     tokens, slots = batch.tokens.cpu().numpy(), batch.slot.cpu().numpy()
     segments = np.searchsorted(store.start, slots, side="right") - 1
     for segment in np.unique(segments):
@@ -149,7 +152,8 @@ def _check_ids(store: Store, batch: Batch, codec: Codec) -> None:
         place = mine - b + len(before)
         if not np.array_equal(tokens[hidden], before[place - 1]):
             raise SelfCheckError(f"self-check: {where}: a token is read from the wrong state; please report it")
-        count = int((before == codec.bos).sum()) if codec.bos is not None else 1
+        put = before[: len(before) - (b - a)] if drawn else before
+        count = int((put == codec.bos).sum()) if codec.bos is not None else 1
         if count != 1:
             raise SelfCheckError(f"self-check: {where}: BOS stands {count} times; try --bos never, or a template without BOS")
         if (before[:-1] == codec.eos).any() and codec.template_name != "tokeniser" and codec.eos != codec.bos:

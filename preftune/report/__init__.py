@@ -39,6 +39,7 @@ from .findings import (
     value,
     verdict,
 )
+from .frontiers import frontier_svg
 
 __all__ = ["Finding", "findings", "gate_sentence", "summary", "verdict", "visible", "write"]
 ORDINARY = 6  # prompts shown in the data's order, beside the largest gain and the largest loss
@@ -255,7 +256,8 @@ def settings(options: Row, stage: str) -> tuple[list[tuple[str, str, str]], list
 
 
 def extras(extra: Row, faults: list[str]) -> Row | None:
-    """extra.json if it has the documented form: title, paragraphs, tables of caption, columns and rows; a fault otherwise."""
+    """extra.json if it has the documented form: title, paragraphs, tables of caption, columns and rows, perhaps the facts of a frontier
+    (`frontiers.frontier_svg`), which are drawn; a fault otherwise."""
     paragraphs, tables = extra.get("paragraphs", []), extra.get("tables", [])
     sound = isinstance(paragraphs, list) and isinstance(tables, list) and all(
         isinstance(table, dict) and isinstance(table.get("columns"), list) and isinstance(table.get("rows"), list)
@@ -267,7 +269,21 @@ def extras(extra: Row, faults: list[str]) -> Row | None:
     cell = lambda found: "" if found == "" else plain(found)  # noqa: E731
     shown = [{"caption": table.get("caption", ""), "columns": [cell(c) for c in table["columns"]],
               "rows": [[cell(c) for c in row] for row in table["rows"][:MOST_ROWS]]} for table in tables]  # fmt: skip
-    return {"title": extra.get("title", ""), "paragraphs": [plain(text) for text in paragraphs], "tables": shown}
+    return {"title": extra.get("title", ""), "paragraphs": [plain(text) for text in paragraphs], "tables": shown,
+            "figure": _figure(extra["frontier"], faults) if "frontier" in extra else None}  # fmt: skip
+
+
+def _figure(facts: Any, faults: list[str]) -> Any:
+    """The frontier as a picture, from its numbers, or None and a fault."""
+    from markupsafe import Markup
+
+    try:
+        if any(visible(name) != name or "$" in name for name in facts["methods"]):
+            raise ValueError("a method's name")
+        return Markup(frontier_svg(facts))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        faults.append(f"extra.json: frontier cannot be drawn: {type(error).__name__}")
+        return None
 
 
 def measured(gains: Sequence[float]) -> Row | None:
