@@ -50,7 +50,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
 }
 # Imports from one stage to another.
 STAGE_TO_STAGE: dict[tuple[str, str], str] = {
-    ("demo", "dpo"): "the demo is the pipeline of the verbs, run in turn",
+    **{("demo", verb): "the demo is the pipeline of the verbs, run in turn" for verb in ("dpo", "reward", "ppo")},
     ("evaluate", "data"): "tokens are shown as data show shows them",
     **{("frontier", verb): "every point of a frontier is a run of its verb" for verb in ("sft", "dpo", "online", "ppo")},
 }
