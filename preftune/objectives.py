@@ -177,8 +177,9 @@ def preference(parts: Sequence[Part], *, label_smoothing: float = 0.0, read: str
 
 
 def _baseline(columns: Columns, table: Table) -> Tensor:
-    """KTO's z0 of these records; zero where no mismatched response fits the window."""
-    return baseline(columns[table.mismatched].ratio) if len(table.mismatched) else columns.policy.new_zeros(())
+    """KTO's z0 of these records; zero where no mismatched response fits the window, or nothing has a reference."""
+    known = columns.reference is not None and len(table.mismatched)
+    return baseline(columns[table.mismatched].ratio) if known else columns.policy.new_zeros(())
 
 
 def _draws(table: Table) -> Draws:

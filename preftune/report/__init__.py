@@ -239,12 +239,16 @@ def flat(table: Any, name: str = "") -> list[tuple[str, str]]:
 STAGE_OPTIONS = {"online": "OnlineDpo"}  # where the class of a verb's options is not called like the verb
 
 
+def options_class(stage: str) -> type[config.Options] | None:
+    """The class of a verb's options, if this version has the verb."""
+    known = vars(config).get(STAGE_OPTIONS.get(stage, stage.capitalize()))
+    return known if isinstance(known, type) and issubclass(known, config.Options) else None
+
+
 def settings(options: Row, stage: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """(name, value, meaning) of the options that differ from their defaults, and of those that do not."""
-    known = vars(config).get(STAGE_OPTIONS.get(stage, stage.capitalize()))
-    specs = (
-        {spec.key: spec for spec in config.specs(known)} if isinstance(known, type) and issubclass(known, config.Options) else {}
-    )
+    known = options_class(stage)
+    specs = {spec.key: spec for spec in config.specs(known)} if known else {}
     chosen: list[tuple[str, str, str]] = []
     default: list[tuple[str, str, str]] = []
     for key, found in options.items():

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from .. import config, runs
-from . import Run, flat, settings, visible
+from . import Run, flat, options_class, settings, visible
 from .findings import Row, duration, findings, number, percent, signed, value, verdict
 
+PUBLISHED = ("dpo", "online", "ppo", "sft")  # a reward model is no policy; its model/ is a folder of transformers already
 FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -65,12 +66,10 @@ def contents(run: Run, title: str, *, adapter: bool, dtype: str | None) -> dict[
 
 def options_of(run: Run, stage: str) -> config.Training:
     """The options of the run. Raises UsageError for a stage or an option that this version does not have."""
-    known = {cls.__name__.lower(): cls for cls in config.Training.__subclasses__()}
-    if stage not in known:
-        raise config.UsageError(
-            f"{run.name}: a run of {stage!r}; only runs of {', '.join(sorted(known))} make a model to publish"
-        )
-    return known[stage](**config.load_yaml(yaml.safe_dump(dict(run.options)), f"{run.name}/config.yaml", known[stage]))
+    known = options_class(stage) if stage in PUBLISHED else None
+    if not known or not issubclass(known, config.Training):
+        raise config.UsageError(f"{run.name}: a run of {stage!r}; only runs of {', '.join(PUBLISHED)} make a model to publish")
+    return known(**config.load_yaml(yaml.safe_dump(dict(run.options)), f"{run.name}/config.yaml", known))
 
 
 def public(options: config.Options, *, hub: bool) -> dict[str, Any]:
