@@ -68,8 +68,11 @@ def forest_svg(facts: Mapping[str, Any], *, alone: bool = False) -> str:
             warnings.simplefilter("ignore", UserWarning)  # a missing glyph: the reader's font will have it
             figure.savefig(buffer, format="svg", transparent=True)
     text = page_svg(buffer.getvalue(), Chart("Ratings with their intervals", "", "", ()))
-    if not alone:
-        return text
+    return standing_alone(text) if alone else text
+
+
+def standing_alone(text: str) -> str:
+    """An SVG element of a page as a file of its own, with the colours of a page in light."""
     colours = "".join(f"--{name}:{colour};" for name, colour in PALETTE.items())
     style = f"<style>svg{{{colours}background:#fff;font-family:system-ui,sans-serif}}</style>"
     head, body = text.split(">", 1)

@@ -7,7 +7,7 @@ from io import StringIO
 from typing import Any
 
 from .charts import COLOURS, Chart, page_svg
-from .forest import PALETTE
+from .forest import standing_alone
 
 # A method is a colour and a mark, so that it can be told without colour; as many methods as pairs of them.
 PAINT = [(colour, mark) for mark in "osD^v" for colour in ("blue", "orange", "green")]
@@ -54,13 +54,7 @@ def frontier_svg(facts: Mapping[str, Any], *, alone: bool = False) -> str:
         buffer = StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     text = page_svg(buffer.getvalue(), Chart("Reward against KL from the start, by method", "", "", ()))
-    if not alone:
-        return text
-    colours = "".join(f"--{name}:{colour};" for name, colour in PALETTE.items())
-    style = f"<style>svg{{{colours}background:#fff;font-family:system-ui,sans-serif}}</style>"
-    head, body = text.split(">", 1)
-    head += "" if "xmlns=" in head else ' xmlns="http://www.w3.org/2000/svg"'
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{style}{body}\n'
+    return standing_alone(text) if alone else text
 
 
 def frontier_page(facts: Mapping[str, Any]) -> str:
