@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -109,18 +108,6 @@ def accept(scores: np.ndarray, uniforms: np.ndarray, *, beta: float, ceiling: fl
 def acceptance(scores: np.ndarray, *, beta: float, ceiling: float) -> float:
     """Mean of exp((r_i - ceiling)/beta): an unbiased estimate of the rate Z exp(-ceiling/beta), without the noise of the lots."""
     return float(np.exp((scores - ceiling) / beta).mean())
-
-
-def exactness(source: Mapping[str, Any] | None) -> str:
-    """Why a response cannot stand for an exact draw of the model that wrote it, or ''."""
-    if source is None or not isinstance(source.get("weights"), str):
-        return "no source.weights says which weights wrote it"
-    if source.get("kept"):
-        return "it was selected by its score already"
-    for name in ("temperature", "top_p"):
-        if source.get(name) != 1:
-            return f"sampled with {name} {source.get(name)}, not 1"
-    return ""
 
 
 # --- best of n ------------------------------------------------------------------------------------------------------------------

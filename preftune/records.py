@@ -151,12 +151,21 @@ def scores_of(response: Response) -> tuple[float, ...]:
     return tuple(float(x) for x in found) if fits and found else ()
 
 
+def inexact(source: Mapping[str, Any] | None) -> str:
+    """Why a response of this source cannot stand for an exact sample of the model that wrote it, or ''."""
+    if source is None or not isinstance(source.get("weights"), str):
+        return "no source.weights says which weights wrote it"
+    if source.get("kept"):
+        return "it was selected by its score already"
+    for name in ("temperature", "top_p"):
+        if source.get(name) != 1:
+            return f"sampled with {name} {source.get(name)}, not 1"
+    return ""
+
+
 def draw_of(response: Response) -> str | None:
-    """The weights that a response is an exact sample of: temperature 1, nothing cut, not chosen by its score (`kept`). None where its
-    source does not say so."""
-    source = response.source or NOTHING
-    exact = source.get("temperature") == 1 and source.get("top_p") == 1 and isinstance(source.get("weights"), str)
-    return source["weights"] if exact and not source.get("kept") else None
+    """The weights that a response is an exact sample of; None where its source does not say so (`inexact`)."""
+    return response.source["weights"] if response.source and not inexact(response.source) else None
 
 
 def judge_by_scores(record: Record, how: str) -> Record:

@@ -25,7 +25,7 @@ from preftune.pairing import (
     soft,
     tiers,
 )
-from preftune.records import Response, draw_of
+from preftune.records import Response, draw_of, inexact
 
 RNG = np.random.default_rng
 
@@ -115,12 +115,12 @@ def test_what_stands_at_the_ceiling_is_always_accepted(values, beta):
 
 def test_which_samples_may_stand_for_the_reference():
     good = {"model": "m", "weights": "abc", "temperature": 1.0, "top_p": 1.0}
-    assert pairing.exactness(good) == "" == pairing.exactness({"weights": "abc", "temperature": 1, "top_p": 1})
+    assert inexact(good) == "" == inexact({"weights": "abc", "temperature": 1, "top_p": 1})
     for change, why in (({"weights": None}, "weights"), ({"temperature": 0.7}, "temperature 0.7"), ({"top_p": 0.9}, "top_p 0.9"),
                         ({"kept": {"how": "best-of-n"}}, "selected"), ({"top_p": None}, "top_p None")):  # fmt: skip
-        assert why in pairing.exactness(good | change) and draw_of(Response("y", source=good | change)) is None
+        assert why in inexact(good | change) and draw_of(Response("y", source=good | change)) is None
     assert draw_of(Response("y", source=good)) == "abc", "the rule that training goes by is the same"
-    assert "weights" in pairing.exactness(None)
+    assert "weights" in inexact(None)
 
 
 # --- best of n ------------------------------------------------------------------------------------------------------------------

@@ -113,11 +113,10 @@ def test_online_resumes_to_the_bit(name, world, tmp_path):
     options = OnlineDpo(**common(world, tmp_path / "whole") | {"save_every": 3} | ONLINE[name])
     assert online.run(options) == 0
     rows = [row for row in lines(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
-    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5) and rows[0]["objective/scores_margin"] > 0
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6) and rows[0]["objective/scores_margin"] > 0
     assert rows[-1]["rewards/margins"] != 0 and ("loss/optimism" in rows[0]) == (name == "xpo")
     evaluations = [row for row in lines(tmp_path / "whole" / "metrics.jsonl") if "kl_sequence_rb" in row]
-    first, *_, last = (row["kl_sequence_rb"] for row in evaluations)
-    assert first == pytest.approx(0, abs=1e-5) and last > 1e-5, "to the initial reference"
+    assert evaluations[0]["kl_sequence_rb"] == 0 and evaluations[-1]["kl_sequence_rb"] > 0, "to the initial reference"
     half = replace(options, output=str(tmp_path / "half"))
     make.stop_after(online.run, half, 3)
     assert online.run(OnlineDpo(resume=str(tmp_path / "half"))) == 0

@@ -19,7 +19,7 @@ from ..config import Pair
 from ..errors import DataError, UsageError
 from ..files import dumps, publish_file
 from ..formats import read, to_json
-from ..records import Judgement, Record, Response, scores_of
+from ..records import Judgement, Record, Response, inexact, scores_of
 from ..screen import clean, say
 
 JUDGED = ("best-worst", "best-random", "all", "ranking")
@@ -199,7 +199,7 @@ def _require_exact(usable: list[tuple[int, Record, list[int], np.ndarray]], opti
     for _, record, found, _ in usable:
         for i in found:
             source = record.responses[i].source
-            why = pairing.exactness(source)
+            why = inexact(source)
             weights = (source or {}).get("weights", "")
             if not why and wanted and weights != wanted:
                 named = f"--reference {options.reference}" if options.reference else "that of the first response"
