@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -439,43 +440,65 @@ def encode(records: Iterable[Record], codec: Codec, *, chunk: int = 512) -> Iter
     """Ids of each record, in order; a record that cannot be encoded comes with the DataError that says why.
 
     Response ids are the ids of prompt+response after those of the prompt where the prompt's are a prefix of the joint encoding;
-    otherwise encoded apart without the dummy prefix; otherwise refused. Works through `chunk` records at a time. Where words stand
-    alone, all of a prompt but its last word is encoded once, not once for each answer: the ids are the same.
+    otherwise encoded apart without the dummy prefix; otherwise refused. Works through `chunk` records at a time, and reads one chunk
+    ahead: the tokeniser, which needs no interpreter, runs on a thread of its own beside what is done with the chunk before. Where words
+    stand alone, all of a prompt but its last word is encoded once, not once for each answer: the ids are the same.
     """
     stream = iter(records)
-    while group := list(islice(stream, chunk)):
-        laid: list[tuple[Record, str, list[_Layout], bool, int] | tuple[Record, DataError]] = []
-        texts: list[str] = []
-        for record in group:
-            try:
-                prompt, layouts = _layouts(codec, record)
-            except DataError as error:
-                laid.append((record, _located(error, record)))
-                continue
-            split = any(_swap(codec, layout.text, control=False) != layout.text for layout in layouts)
-            cut = 0 if split else _cut(codec, prompt, layouts)
-            laid.append((record, prompt, layouts, split, cut))
-            texts += [] if split else [prompt[:cut], prompt[cut:], *(layout.text[cut:] for layout in layouts)]
-        whole = all(layout.whole for item in laid if len(item) == 5 for layout in item[2])  # then nobody asks where a token stands
-        read = codec.backend.encode_batch_fast if whole else codec.backend.encode_batch
-        encodings = iter(read(texts, add_special_tokens=False))
-        for item in laid:
-            record = item[0]
-            if len(item) == 2:
-                yield record, item[1]
-                continue
-            _, prompt, layouts, split, cut = item
-            if split:
-                first, *joints = (_read(codec, text, apart=False, split=True) for text in (prompt, *(layout.text for layout in layouts)))
-            else:
-                head = next(encodings).ids
-                first, *joints = islice(encodings, 1 + len(layouts))
-                if cut:
-                    first, *joints = (_Whole(head + found.ids) for found in (first, *joints))
-            try:
-                yield record, _assemble(codec, record, prompt, layouts, first.ids, joints)
-            except DataError as error:
-                yield record, _located(error, record)
+    with ThreadPoolExecutor(1) as thread:
+        laid: list[_Laid | tuple[Record, DataError]] = []
+        found: Future[list[Any]] | None = None
+        while True:
+            group = [_lay(codec, record) for record in islice(stream, chunk)]
+            ahead = thread.submit(_read_all, codec, [item for item in group if isinstance(item, _Laid)]) if group else None
+            if found:
+                encodings = iter(found.result())
+                for item in laid:
+                    yield _assembled(codec, item, encodings) if isinstance(item, _Laid) else item
+            if not group:
+                return
+            laid, found = group, ahead
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A record's text, ready to be encoded: up to `cut` the prompt is encoded once; `split` where it spells a control token."""
+
+    record: Record
+    prompt: str
+    layouts: list[_Layout]
+    split: bool
+    cut: int
+
+
+def _lay(codec: Codec, record: Record) -> _Laid | tuple[Record, DataError]:
+    try:
+        prompt, layouts = _layouts(codec, record)
+    except DataError as error:
+        return record, _located(error, record)
+    split = any(_swap(codec, layout.text, control=False) != layout.text for layout in layouts)
+    return _Laid(record, prompt, layouts, split, 0 if split else _cut(codec, prompt, layouts))
+
+
+def _read_all(codec: Codec, laid: list[_Laid]) -> list[Any]:
+    """What the tokeniser says of each record that spells no control token: its prompt up to the cut, the rest of it, its answers."""
+    texts = [text for x in laid if not x.split for text in (x.prompt[: x.cut], x.prompt[x.cut :], *(y.text[x.cut :] for y in x.layouts))]
+    whole = all(layout.whole for x in laid for layout in x.layouts)  # then nobody asks where a token stands
+    return (codec.backend.encode_batch_fast if whole else codec.backend.encode_batch)(texts, add_special_tokens=False)
+
+
+def _assembled(codec: Codec, laid: _Laid, encodings: Iterator[Any]) -> tuple[Record, Encoded | DataError]:
+    if laid.split:
+        first, *joints = (_read(codec, text, apart=False, split=True) for text in (laid.prompt, *(x.text for x in laid.layouts)))
+    else:
+        head = next(encodings).ids
+        first, *joints = islice(encodings, 1 + len(laid.layouts))
+        if laid.cut:
+            first, *joints = (_Whole(head + found.ids) for found in (first, *joints))
+    try:
+        return laid.record, _assemble(codec, laid.record, laid.prompt, laid.layouts, first.ids, joints)
+    except DataError as error:
+        return laid.record, _located(error, laid.record)
 
 
 def _located(error: DataError, record: Record) -> DataError:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from preftune import exact, pairing
+from preftune import exact
 from preftune.exact import B4
 from preftune.pairing import (
     accept,

@@ -220,3 +220,29 @@ def test_prompts_are_cut_only_where_words_are_known_to_stand_alone():
                                                  byte_level(None, normalizers.Lowercase())))  # fmt: skip
     assert _cut(CUTTING["0"], "one two, three four?", ()) == len("one two, three")
     assert _cut(CUTTING["0"], "1 2", ()) == 0
+
+
+def test_chunks_change_nothing_and_one_is_read_ahead():
+    """Any chunk gives the same ids and refusals in the same order; no more than two chunks are taken before the first comes out."""
+    codec, taken = make_codec(make.tokenizer()), []
+    texts = [f"prompt {i} " * (i % 4 + 1) for i in range(23)]
+    texts[7] += codec.tokenizer.eos_token
+
+    def stream():
+        for i, text in enumerate(texts):
+            taken.append(i)
+            yield Record(text, (Response(f" answer {i}"), Response(" no")), where=f"f.jsonl:{i + 1}")
+
+    def said(found):
+        return [(record.where, str(result) if isinstance(result, DataError) else result) for record, result in found]
+
+    whole = said(encode(stream(), codec))
+    assert [where for where, _ in whole] == [f"f.jsonl:{i + 1}" for i in range(23)] and "f.jsonl:8" in whole[7][1]
+    for chunk in (1, 5, 23):
+        assert said(encode(stream(), codec, chunk=chunk)) == whole
+    taken.clear()
+    found = encode(stream(), codec, chunk=5)
+    next(found)
+    assert len(taken) == 10
+    found.close()
+    assert len(taken) == 10
