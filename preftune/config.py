@@ -211,6 +211,8 @@ class Dpo(Losses):
     """Tune a model on preferences: the whole offline family; --loss picks."""
 
     EXAMPLE = "preftune dpo --model MODEL --data pairs.jsonl --output runs/first"
+    value: str = option("head", "where a loss learns V (value-learned): by a head on the policy's states, which do not learn from it; or by a copy of the policy with a head", group="training", choices=("head", "copy"))
+    value_lr: float = option(10.0, "learning rate of the value model, in learning rates of the policy", group="training", low=0, open_low=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -722,7 +724,7 @@ LOSS_ALSO_CALLED = {
     "sigmoid_norm": "sigmoid-norm", "slic": "hinge", "pl": "plackett-luce", "dpo-pl": "plackett-luce", "listmle": "plackett-luce",
     "bt": "bradley-terry", "btl": "bradley-terry", "bce": "binary", "mse": "square", "plackett-luce-efron": "plackett-luce", "davidson-luce": "plackett-luce-davidson", "lipo-lambda": "lipo", "sdpo": "s-dpo",
     "distill": "soft", "distillation": "soft", "d-dpo": "soft-square", "rpo_sq": "soft-square", "rpo_bwd_kl": "soft-kl", "rpo_fwd_kl": "soft-reverse-kl",
-    "tdpo": "tdpo2' or 'tdpo1", "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "xpo": "sigmoid+1e-5*optimism",
+    "tdpo": "tdpo2' or 'tdpo1", "e-dpo": "soft-pessimistic", "qrpo": "value-quantile", "a-star-po": "value", "dro": "value-learned", "dro-v": "value-learned", "xpo": "sigmoid+1e-5*optimism",
 }  # fmt: skip
 
 
@@ -808,8 +810,8 @@ def loss_terms(options: Losses | Evaluate, labels: Mapping[str, str] | None = No
     if isinstance(options, Losses) and options.reference_update != "none" and {loss_facts()[name].reference for _, name in terms} == {"none"}:
         raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {options.loss!r} reads no reference")
     for _, name in terms if isinstance(options, Losses) and options.reference_update != "none" else ():
-        if loss_facts()[name].kind in ("values", "draws"):
-            raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {name!r} reads samples of the reference as it is given, "
+        if loss_facts()[name].kind in ("values", "draws", "grades"):
+            raise UsageError(f"{said.get('reference_update', '--reference-update')}: the loss {name!r} reads what the reference is as it is given, "
                              "so that must stand still")
     return _with_arguments(terms, given, str(options.loss), options.label_smoothing or 0.0, said)
 
@@ -860,6 +862,11 @@ def _with_arguments(terms: list[tuple[float, str]], given: dict[str, float], los
 def reads_draws(options: OnlineDpo) -> bool:
     """Whether a term of the loss reads samples of the reference, so that each prompt gets one."""
     return any(loss_facts()[name].kind == "draws" for _, name in parse_loss(options.loss))
+
+
+def learns_value(options: Losses | Evaluate) -> bool:
+    """Whether a term of the loss reads a value that is learned beside the policy."""
+    return "value-learned" in {name for _, name in parse_loss(options.loss or "sigmoid")}
 
 
 def kl_place(options: Ppo) -> str:
@@ -1025,6 +1032,7 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Ppo,), "kl_target", lambda o: o.beta == 0, "has nothing to steer: --beta is 0"),
     ((Ppo,), "kl_target", lambda o: kl_place(o) != "reward", "steers the KL in the reward: give --kl reward"),
     ((Ppo,), "kl", lambda o: o.beta == 0, "has no effect: --beta is 0"),
+    *(((Dpo,), name, lambda o: not learns_value(o), "has no effect: only --loss value-learned learns a value") for name in ("value", "value_lr")),
     ((OnlineDpo,), "k", lambda o: o.k == 1 and not reads_draws(o), "must be at least 2: pairs are made of a prompt's answers"),
     ((Score, Pair), "output", lambda o: o.output in o.data, "is also an input; name a file that does not exist yet"),
     ((Logprobs, Sample), "output", lambda o: o.output in (o.model, *o.data), "is also an input; name a file that does not exist yet"),

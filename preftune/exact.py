@@ -24,6 +24,7 @@ from scipy.special import expit, logsumexp
 from torch import Tensor, nn
 
 from .losses import LOSSES, Loss, Side, expected
+from .losses import arguments as defaults
 from .losses.lists import Rankings
 from .losses.values import Draws
 
@@ -119,7 +120,7 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     A loss over rankings reads every order of all n responses, by default with its Plackett-Luce probability.
     A verdict loss reads both sides of every judged pair (winner desirable, loser not) at baseline 0. For losses that look at tokens, the
     first token of a response names it and the rest are forced. Losses over scores see the rewards themselves, an ensemble two that agree;
-    losses over samples see each response as often as the reference draws it.
+    losses over samples see each response as often as the reference draws it; a value model says the true value.
 
     Args:
         log_policy: (n,) log pi; gradients flow into it. pairs: default every i < j. weights: of the pairs; default equal.
@@ -142,7 +143,8 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     score = torch.from_numpy(problem.reward)
     side = Side(log_policy, reference, length, tokens=(log_policy - reference)[:, None], collision=collision, score=score,
                 member=torch.stack([score, score], 1),
-                kl=(reference.exp() * (reference - log_policy)).sum().expand(len(length)))  # fmt: skip
+                kl=(reference.exp() * (reference - log_policy)).sum().expand(len(length)),
+                value=torch.full_like(length, soft_value(problem, beta=(defaults(name) | arguments).get("beta", 1.0))))  # fmt: skip
     if loss.kind == "scored":
         return (weight * loss.function(side[i], side[j], **arguments)).sum() / weight.sum()
     if loss.kind == "grades":

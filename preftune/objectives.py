@@ -25,7 +25,18 @@ from .losses import LOSSES, Loss, Side, arguments, expected, votes
 from .losses.lists import Rankings, agreement
 from .losses.values import Draws
 from .losses.verdicts import baseline
-from .readout import as_reference, forward_kl, hidden_states, response_rows, response_sums, scalars, token_collisions, token_logps
+from .readout import (
+    Learner,
+    as_reference,
+    forward_kl,
+    hidden_states,
+    prompt_values,
+    response_rows,
+    response_sums,
+    scalars,
+    token_collisions,
+    token_logps,
+)
 from .store import Store
 
 Terms = Mapping[str, tuple[Tensor, str]]
@@ -56,7 +67,7 @@ class Objective:
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
         read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
-        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member', 'kl'.
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member', 'kl', 'value' (of a `readout.Learner`).
         frozen: for reference='distribution' the frozen model, None where it is the policy with its adapter off (`readout.as_reference`).
         compares: table -> (P, 2) int64, the pairs that `metrics` measures, the better response first.
         partition: betas of the terms whose Z is estimated from samples.
@@ -84,6 +95,7 @@ class Objective:
 
     def score(self, model: Any, batch: Batch) -> Columns:
         """Columns of a batch under the model, with gradient where grad is enabled."""
+        model, value = (model.policy, model.value) if isinstance(model, Learner) else (model, None)
         hidden = hidden_states(model, batch)
         if self.read == "scalar":
             score = scalars(model, hidden, batch)
@@ -98,7 +110,8 @@ class Objective:
             collision=response_sums(token_collisions(model, hidden, batch), batch) if "collision" in self.needs else None,
             score=batch.table.score if "score" in self.needs else None,
             member=batch.table.member if "member" in self.needs else None,
-            kl=response_sums(self._forward_kl(model, hidden, batch), batch) if "kl" in self.needs else None)  # fmt: skip
+            kl=response_sums(self._forward_kl(model, hidden, batch), batch) if "kl" in self.needs else None,
+            value=prompt_values(value, hidden, batch) if value is not None else None)  # fmt: skip
 
     def _forward_kl(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad(), as_reference(model, self.frozen) as frozen:
@@ -229,7 +242,7 @@ def by_scores(table: Table) -> Tensor:
 
 def _compares(loss: Loss) -> Callable[[Table], Tensor]:
     """Who counts as chosen: what was judged, or the response with the higher score where the loss reads scores."""
-    return by_scores if _reads(loss) in ("scores", "values", "draws") else lambda table: table.pair
+    return by_scores if loss.scalar == "no" and _reads(loss) in ("scores", "values", "draws", "grades") else lambda table: table.pair
 
 
 def _per_record(store: Store, segments: np.ndarray) -> np.ndarray:
@@ -248,6 +261,7 @@ HAS: Mapping[str, Callable[[Store], np.ndarray]] = {
 WANTED = {
     "scores": "two scored responses; preftune score gives scores",
     "values": "a scored sample of the reference: of the very weights of --model, at temperature 1 and top_p 1 (preftune sample)",
+    "grades": "a scored response; preftune score gives scores",
     "draws": "a sample of the reference: of the very weights of --model, at temperature 1 and top_p 1 (preftune sample)",
 }
 
@@ -324,6 +338,7 @@ def _preference_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, flo
                   "logps/chosen": chosen.policy, "logps/rejected": rejected.policy}  # fmt: skip
         if listed:
             values["rankings/tau"], values["rankings/exact"] = agreement(loss.reads(columns[table.item]), _rankings(table))
+        values |= {} if columns.value is None else {"value": columns.value[graded(table)]}
         return values if columns.reference is None else values | {"displacement": chosen.ratio}
 
     return metrics

@@ -54,16 +54,13 @@ class Rolls:
 
     Args:
         rounds: (prompts, options) -> which prompts make which step. k: options -> answers per prompt. kept: options -> what rounds carry.
-        make: options -> how a round is made. learner: (setup, options) -> what trains. factor: (weight, options) -> its share of the
-            learning rate.
+        make: options -> how a round is made.
     """
 
     rounds: Callable[[int, Any], rollouts.Rounds]
     k: Callable[[Any], int]
     kept: Callable[[Any], rollouts.Kept]
     make: Callable[[Any], rollouts.Make]
-    learner: Callable[[Setup, Any], Any] = lambda setup, options: setup.model
-    factor: Callable[[str, Any], float] = lambda name, options: 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,8 @@ class Task:
         resample: (store, training records, hashes of their prompts, options) -> (store, training records) to train on.
         publish: (setup, options, run folder, folder of the model that was written) -> what results.json says beyond the rest.
         rolls: how answers are sampled, or None where they are read.
+        learner: (setup, options) -> what trains: the policy, alone or beside a value model. factor: (weight, options) -> its share
+            of the learning rate.
     """
 
     verb: str
@@ -94,6 +93,8 @@ class Task:
         store, train)  # fmt: skip
     publish: Callable[[Setup, Any, Path, Path], dict[str, Any]] = lambda setup, options, folder, model: {}
     rolls: Rolls | None = None
+    learner: Callable[[Setup, Any], Any] = lambda setup, options: setup.model
+    factor: Callable[[str, Any], float] = lambda name, options: 1.0
 
     @property
     def prompts(self) -> bool:
@@ -471,15 +472,15 @@ def _columns(model: Any, store: Store, key: str, objective: Objective, options: 
 # ---------------------------------------------------------------- training
 
 
-def _evaluate(options: Training, setup: Setup, step: int) -> tuple[dict[str, Any], Drawn | None]:
+def _evaluate(options: Training, setup: Setup, state: engine.State) -> tuple[dict[str, Any], Drawn | None]:
     """One evaluation line and the samples behind it. The sampling seed never changes: before and after are paired."""
-    line: dict[str, Any] = {"step": step, "epoch": step / setup.order.per_epoch}
+    line: dict[str, Any] = {"step": state.step, "epoch": state.step / setup.order.per_epoch}
     if len(setup.held):
-        found = held_out(setup.model, setup.objective, setup.store, setup.held, setup.columns, micro_tokens=options.micro_tokens,
+        found = held_out(state.model, setup.objective, setup.store, setup.held, setup.columns, micro_tokens=options.micro_tokens,
                          device=setup.device)  # fmt: skip
         line |= {f"eval/{name}": value for name, value in found.items()}
         if not math.isfinite(line["eval/loss"]):
-            raise NumericsError(f"step {step}: the held-out loss is {line['eval/loss']:g}; the last checkpoint is from before")
+            raise NumericsError(f"step {state.step}: the held-out loss is {line['eval/loss']:g}; the last checkpoint is from before")
     if not setup.prompts:
         return line, None
     drawn = draw(setup.model, setup.frozen, setup.codec, setup.prompts, rule=setup.rule, max_tokens=options.sample_tokens,
@@ -511,10 +512,10 @@ def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoi
     options = sampled(own)
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
-    learner = task.rolls.learner(setup, options) if task.rolls else setup.model
+    learner = task.learner(setup, own)
     state = engine.make_state(learner, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
                               betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser,
-                              factor=lambda name: task.rolls.factor(name, options) if task.rolls else 1.0)  # fmt: skip
+                              factor=lambda name: task.factor(name, own))  # fmt: skip
     kept = task.rolls.kept(options) if task.rolls else None
     if follows := task.moving(own):
         state.moving = reference.moving(setup.model, state.masters, alpha=follows[0], every=follows[1])
@@ -545,7 +546,7 @@ def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoi
         checkpoints.save(folder, state.step, tensors, numbers, keep=options.keep)
 
     def evaluate() -> bool:
-        line, drawn = _evaluate(options, setup, state.step)
+        line, drawn = _evaluate(options, setup, state)
         newest = watch(options, state, gate, line, drawn)
         for row in _sample_rows(setup, drawn, state.step) if drawn else ():
             samples.add(row)
@@ -701,6 +702,7 @@ def _finish(task: Task, own: Fitting, folder: Path, setup: Setup, state: engine.
     waited |= {"patience": options.patience, "min_improvement": options.min_improvement}
     results = {
         "stage": task.verb, "loss": setup.objective.name, "steps": steps, "seconds": state.seconds, "tokens": state.tokens,
+        "partition": setup.manifest["partition"],
         "before": evaluations[0], "after": after, "paired_reward": paired,
         "spikes": [{k: row[k] for k in ("step", "loss", "spike_limit", "spike_records")} for row in metrics.rows()
                    if "spike_records" in row],

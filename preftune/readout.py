@@ -10,13 +10,14 @@ never exist. Log-softmax is taken in fp32 (or in the model's precision where tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batches import Batch
@@ -199,6 +200,48 @@ def scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
 def token_scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """What the scalar head says at the prefix of every target, before it is taken, (N,) float64: a value function."""
     return _scalars(module, hidden[batch.hidden])
+
+
+class Value(nn.Module):
+    """Reward to come at every prefix: a head that starts at zero, on the policy's states or on those of a trunk of its own."""
+
+    def __init__(self, width: int, *, decoder: Any | None = None, segments: bool = False, dtype: torch.dtype = torch.float32):
+        """width: of a hidden state. decoder: a trunk that trains with the head. segments: whether it reads a segment table."""
+        super().__init__()
+        self.decoder, self.reads_segments = decoder, segments
+        self.head = nn.Linear(width, 1, dtype=dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def get_decoder(self) -> Any:
+        """The trunk."""
+        return self.decoder
+
+
+class Learner(nn.Module):
+    """A policy and its value model, so that one optimiser and one checkpoint hold both."""
+
+    def __init__(self, policy: Any, value: Value | None):
+        super().__init__()
+        self.policy, self.value, self.reads_segments = policy, value, packs(policy)
+
+
+def with_value(policy: Any, how: str, *, device: str) -> Learner:
+    """The policy beside a value model: 'head', on its own states; 'copy', on those of a copy of its trunk, which trains too."""
+    trunk = copy.deepcopy(decoder_of(policy)).requires_grad_(True) if how == "copy" else None
+    width = next(p for p in policy.get_output_embeddings().parameters()).shape[-1]
+    return Learner(policy, Value(width, decoder=trunk, segments=packs(policy)).to(device))
+
+
+def values_of(value: Value, hidden: Tensor, batch: Batch) -> Tensor:
+    """The value at the prefix of every target, (N,). hidden: the policy's states, which do not learn from it."""
+    return token_scalars(value.head, hidden.detach() if value.decoder is None else hidden_states(value, batch), batch)
+
+
+def prompt_values(value: Value, hidden: Tensor, batch: Batch) -> Tensor:
+    """The value at the end of each response's prompt, from where its first token is read: (R,). hidden: as `values_of`."""
+    count = torch.bincount(batch.response, minlength=batch.responses)  # targets stand in order
+    return values_of(value, hidden, batch)[count.cumsum(0) - count]
 
 
 def token_collisions(model: Any, hidden: Tensor, batch: Batch) -> Tensor:

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import Batch, Order, Step, Table, make_batch, make_step, split
 from .errors import NumericsError
 from .losses import onpolicy
 from .objectives import Terms
-from .readout import as_reference, hidden_states, packs, token_logps, token_scalars
+from .readout import Learner, Value, as_reference, hidden_states, packs, token_logps, values_of
 from .records import Judgement, Record, Response, Text
 from .sampling import Sample, sample
 from .store import Store, from_ids
@@ -460,35 +460,6 @@ def steps(source: Source, rounds: Rounds, kept: Kept, make: Make, train: np.ndar
 
 
 # ---------------------------------------------------------------- what a step minimises
-
-
-class Value(nn.Module):
-    """Reward to come at every prefix: a head that starts at zero, on the policy's states or on those of a trunk of its own."""
-
-    def __init__(self, width: int, *, decoder: Any | None = None, segments: bool = False, dtype: torch.dtype = torch.float32):
-        """width: of a hidden state. decoder: a trunk that trains with the head. segments: whether it reads a segment table."""
-        super().__init__()
-        self.decoder, self.reads_segments = decoder, segments
-        self.head = nn.Linear(width, 1, dtype=dtype)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def get_decoder(self) -> Any:
-        """The trunk."""
-        return self.decoder
-
-
-def values_of(value: Value, hidden: Tensor, batch: Batch) -> Tensor:
-    """The value at the prefix of every target, (N,). hidden: the policy's states, which do not learn from it."""
-    return token_scalars(value.head, hidden.detach() if value.decoder is None else hidden_states(value, batch), batch)
-
-
-class Learner(nn.Module):
-    """A policy and its value model, so that one optimiser and one checkpoint hold both."""
-
-    def __init__(self, policy: Any, value: Value | None):
-        super().__init__()
-        self.policy, self.value = policy, value
 
 
 @dataclass(frozen=True)

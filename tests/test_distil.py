@@ -9,21 +9,29 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import make
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy.optimize import root
 from scipy.special import expit, logsumexp
+from test_dpo import same_run
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from preftune import api, exact, models
+from preftune import api, checkpoints, engine, exact, models, readout
+from preftune.batches import make_batch, make_step
+from preftune.config import Dpo, Evaluate, OnlineDpo
 from preftune.errors import DataError, UsageError
-from preftune.exact import B4, Problem
+from preftune.exact import B4, T3, Problem, TableModel
 from preftune.losses import LOSSES, Side, distill, expected, values
 from preftune.objectives import partition, preference, readable
 from preftune.records import Record, Response, draw_of, scores_of
-from preftune.store import build
+from preftune.stages import dpo, evaluate, online
+from preftune.store import build, from_ids
 from preftune.tokens import make_codec
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -398,3 +406,152 @@ def test_refusals_of_files(given, tmp_path):
     with pytest.raises(UsageError, match="must stand still"):
         api.FUNCTIONS["dpo"](data=data, loss="value", reference_update="soft", **common)
     assert not (tmp_path / "run").exists()
+
+
+# ---- a value that is learned -------------------------------------------------------------------------------------------------
+
+
+def residual(theta: Tensor, value: Tensor, beta: float, reward: np.ndarray = B4.reward) -> Tensor:
+    """`value-learned` on B4's four responses, (4,)."""
+    score = torch.from_numpy(reward)
+    return values.value_learned(Side(theta.log_softmax(-1), REF, torch.ones(4, dtype=f64), score=score, value=value.expand(4)), beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0, 3.0])
+def test_a_learned_value_has_one_minimum(beta):
+    """Where both gradients are zero, found from far starts: pi* and beta log Z, whoever the responses are of."""
+    chance = np.random.default_rng(0)
+    for often in (B4.reference, np.array([0.1, 0.2, 0.3, 0.4])):
+
+        def slopes(x: np.ndarray, often=often) -> np.ndarray:
+            theta, value = torch.tensor(x[:4], requires_grad=True), torch.tensor(x[4], requires_grad=True)
+            found = torch.autograd.grad((torch.from_numpy(often) * residual(theta, value, beta)).sum(), (theta, value))
+            return np.append(found[0].numpy(), found[1])
+
+        for _ in range(3):
+            found = root(slopes, chance.normal(scale=2, size=5), method="lm", options={"xtol": 1e-14, "ftol": 1e-14})
+            assert np.abs(slopes(found.x)).max() < 1e-9
+            np.testing.assert_allclose(np.exp(found.x[:4]) / np.exp(found.x[:4]).sum(), exact.optimum(B4, beta=beta), atol=1e-7)
+            assert found.x[4] == pytest.approx(exact.soft_value(B4, beta=beta), abs=1e-7)
+
+
+def test_a_learned_value_at_its_best_is_the_square_over_pairs():
+    """A second formulation: with weights w the least over V is the sum over pairs of w_i w_j (dr - m)^2/2, V the mean of r - beta a."""
+    chance = np.random.default_rng(1)
+    for beta in (0.3, 2.0):
+        theta, often = torch.tensor(chance.normal(size=4)), torch.tensor(chance.dirichlet(np.ones(4)))
+        score, ratio = torch.from_numpy(B4.reward), theta.log_softmax(-1) - REF
+        best = (often * (score - beta * ratio)).sum()
+        side = Side(theta.log_softmax(-1), REF, torch.ones(4, dtype=f64), score=score)
+        i, j = torch.tensor(exact.all_pairs(4)).T
+        pairs = (often[i] * often[j] * distill.soft_square(side[i], side[j], beta=beta)).sum() / 2
+        assert float((often * residual(theta, best, beta)).sum()) == pytest.approx(float(pairs), rel=1e-12)
+        for off in (-0.1, 0.1):
+            assert (often * residual(theta, best + off, beta)).sum() > pairs
+
+
+def test_both_learn_from_the_bare_residual():
+    """d = r - V - beta a: the gradient is -d by V and, over beta, -d by log pi (so a small KL weight does not slow the policy)."""
+    policy, value = REF + 0.3, torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=f64)
+    for beta in (0.1, 1.0, 4.0):
+        p, v = policy.clone().requires_grad_(), value.clone().requires_grad_()
+        side = Side(p, REF, torch.ones(4, dtype=f64), score=torch.from_numpy(B4.reward), value=v)
+        d = torch.from_numpy(B4.reward) - value - beta * 0.3
+        torch.testing.assert_close(values.value_learned(side, beta=beta), d**2 / 2)
+        for slope in torch.autograd.grad(values.value_learned(side, beta=beta).sum(), (p, v)):
+            torch.testing.assert_close(slope, -d)
+
+
+def two_prompts() -> tuple[Any, Any, readout.Learner]:
+    """T3's 15 sequences after two prompts, the second with rewards larger by 2; a step of all of them; a table and a head over both."""
+    prompts = [(exact.BOS,), (exact.BOS, exact.BOS)]
+    store = from_ids(prompts, [T3.sequences] * 2)
+    rewards = T3.reward.numpy()
+    store = replace(store, score=np.concatenate([[np.nan], rewards, [np.nan], rewards + 2]))
+    forced = {prefix: (-1e4, -1e4, 0.0) for prefix in itertools.product((0, 1), repeat=exact.LIMIT)}
+    rows = {**dict(zip(T3.prefixes, T3.reference.tolist(), strict=True)), **forced}
+    table = torch.tensor([list(row) for _ in prompts for row in rows.values()], dtype=f64)
+    policy = TableModel([(*prompt, *prefix) for prompt in prompts for prefix in rows], table)
+    batch = make_batch(store, [0, 1])
+    column = np.zeros(len(store.tokens))
+    with torch.no_grad():
+        column[batch.slot.numpy()] = readout.token_logps(policy, readout.hidden_states(policy, batch), batch).numpy()
+    step = make_step(store, [0, 1], micro_tokens=30, columns={"reference": column})
+    assert len(step.micro) == 2
+    return store, step, readout.Learner(policy, readout.Value(len(policy.model.row), dtype=f64))
+
+
+def test_through_the_engine_it_gives_the_exact_optimum_and_value():
+    """Batches, heads and steps as they train: every prompt has its own V, beta log Z, and the sequences their pi*."""
+    store, step, learner = two_prompts()
+    objective = preference([(1.0, "value-learned", {"beta": 1.0})])
+    state = engine.make_state(learner, rate=lambda s: 0.0, clip=0.0)
+    assert "value.head.weight" in state.weights
+    solver = torch.optim.LBFGS(list(learner.parameters()), max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18,
+                               line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> float:
+        solver.zero_grad()
+        return engine.accumulate(state, step, objective)[0]
+
+    solver.step(closure)
+    batch = make_batch(store, [0, 1], columns={"reference": np.zeros(len(store.tokens))})
+    with torch.no_grad():
+        found = objective.score(learner, batch)
+    problem = T3.problem()
+    for mine, moved in ((slice(0, 15), 0.0), (slice(15, 30), 2.0)):
+        np.testing.assert_allclose(found.policy[mine].exp(), exact.optimum(problem, beta=1.0), atol=1e-5)
+        np.testing.assert_allclose(found.value[mine].numpy(), exact.soft_value(problem, beta=1.0) + moved, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cold(given, tmp_path_factory):
+    """The same answers, but nobody's samples."""
+    rows = [json.loads(line) for line in given[1].read_text().splitlines()]
+    plain = [{"prompt": r["prompt"], "responses": [{"text": x["text"], "score": 3 + x["score"]} for x in r["responses"]]} for r in rows]
+    path = tmp_path_factory.mktemp("cold") / "cold.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in plain))
+    return {"model": str(given[0]), "data": [str(path)]}
+
+
+LEARNED = {"head": {}, "copy": {"value": "copy", "value_lr": 3.0}, "lora": {"lora": 4}}
+
+
+@pytest.mark.parametrize("extra", LEARNED.values(), ids=LEARNED)
+def test_a_learned_value_trains_resumes_and_stays_out_of_the_model(extra, cold, tmp_path):
+    """V moves towards the rewards' level of 3; stopped twice it ends with the same bits; what is published is the policy alone."""
+    wanted = Dpo(**cold, output=str(tmp_path / "whole"), loss="value-learned", beta=1.0, lr=1e-3, epochs=4, batch_size=8, eval_prompts=0,
+                 report=False, threads=1, save_every=1, keep=99, eval_every=3, **extra)  # fmt: skip
+    assert dpo.run(wanted) == 0
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    before, after = results["before"], results["after"]
+    assert before["eval/value"] == 0 and after["eval/value"] > 0.1 and after["eval/loss"] < before["eval/loss"]
+    assert results["partition"] == {}
+    last = checkpoints.latest(tmp_path / "whole")
+    held = [name for name in last.tensors("weights") if name.startswith("value.")]
+    assert "value.head.weight" in held and len(held) > 2 if "value" in extra else set(held) == {"value.head.weight", "value.head.bias"}
+    places = [tmp_path / "whole" / "model", *([tmp_path / "whole" / "adapter"] if "lora" in extra else [])]
+    saved = [name for place in places for path in place.glob("*.safetensors") for name in load_file(path)]
+    assert saved and not any("value." in name or name.startswith("policy.") for name in saved)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    going = replace(wanted, output=str(tmp_path / "cut"))
+    for stop in (5, 9):
+        make.stop_after(dpo.run, going, stop)
+        going = Dpo(resume=str(tmp_path / "cut"))
+    dpo.run(going)
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_refusals_of_a_learned_value(cold, given, tmp_path):
+    dpo_of, common = api.FUNCTIONS["dpo"], cold | {"output": tmp_path / "run", "report": False}
+    for more in ({"value": "copy"}, {"value_lr": 3.0}):
+        with pytest.raises(UsageError, match="only --loss value-learned learns a value"):
+            dpo_of(**common, **more)
+    with pytest.raises(UsageError, match="must stand still"):
+        dpo_of(**common, loss="value-learned", reference_update="soft")
+    with pytest.raises(DataError, match="no training record has a scored response"):
+        dpo_of(**common | {"data": [str(make.write_pairs(tmp_path / "pairs.jsonl", 8))]}, loss="value-learned")
+    with pytest.raises(UsageError, match="its value model stays in the checkpoints"):
+        evaluate.evaluated(Evaluate(**cold, reference=cold["model"], loss="value-learned"))
+    with pytest.raises(UsageError, match="does not learn from pairs alone"):
+        online.objective(OnlineDpo(loss="sigmoid+value-learned"))

@@ -72,9 +72,19 @@ def gradients(model: Any, step: Any, objective: Any) -> tuple[float, dict[str, t
     return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def learning(name: str, policy: Any) -> Any:
+    """The policy, beside a value model where the loss learns one."""
+    if "value" not in objective_of(name).needs:
+        return policy
+    learner = readout.with_value(policy, "head", device="cpu")
+    torch.nn.init.normal_(learner.value.head.weight, generator=torch.Generator().manual_seed(3))
+    return learner
+
+
 def plain(model: Any, store: Any, columns: Any, objective: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """The oracle: the whole step at once, log-probs by own_logps from single plain rows."""
-    for p in model.parameters():
+    whole, model = model, getattr(model, "policy", model)
+    for p in whole.parameters():
         p.grad = None
     step = make_step(store, RECORDS, micro_tokens=10**6, columns=columns, share=False)
     batch = step.micro[0]
@@ -83,10 +93,20 @@ def plain(model: Any, store: Any, columns: Any, objective: Any) -> tuple[float, 
     ref = ref if objective.reference != "none" else None
     scored = Columns(readout.response_sums(logps, batch), ref, readout.response_sums(torch.ones_like(logps), batch).detach(),
                      *inside(model, batch, logps, objective.needs), score=batch.table.score, member=batch.table.member,
-                     kl=distance(model, objective.frozen, batch) if "kl" in objective.needs else None)  # fmt: skip
+                     kl=distance(model, objective.frozen, batch) if "kl" in objective.needs else None,
+                     value=at_prompts(whole, batch) if "value" in objective.needs else None)  # fmt: skip
     loss = total(objective.terms(scored, batch.table, objective.carry), step.totals)
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {n: p.grad.clone() for n, p in whole.named_parameters() if p.grad is not None}
+
+
+def at_prompts(learner: Any, batch: Any) -> torch.Tensor:
+    """What the head says of the state before each response's first token, row by row."""
+    first = [int(batch.hidden[batch.response == r][0]) for r in range(batch.responses)]
+    rows = [next((a, b) for a, b in batch.segments.trees if a <= h < b) for h in first]
+    states = [learner.policy.get_decoder()(input_ids=batch.tokens[None, a:b], use_cache=False).last_hidden_state[0, h - a]
+              for h, (a, b) in zip(first, rows, strict=True)]  # fmt: skip
+    return learner.value.head(torch.stack(states).detach())[:, 0].double()
 
 
 def inside(model: Any, batch: Any, logps: torch.Tensor, needs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -134,6 +154,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mode_equals_the_plain_path(name, policy, frozen, store, column, monkeypatch):
     objective, columns = replace(objective_of(name), frozen=frozen), {"reference": column}
+    policy = learning(name, policy)
     want = plain(policy, store, columns, objective)
     swept = 0
     for mode in MODES.values():
@@ -146,15 +167,17 @@ def test_every_mode_equals_the_plain_path(name, policy, frozen, store, column, m
         masks_everywhere(few)
         same(gradients(policy, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective), want)
     checkpointed = copy.deepcopy(policy)
-    models.checkpoint_layers(checkpointed)
+    models.checkpoint_layers(getattr(checkpointed, "policy", checkpointed))
     same(gradients(checkpointed, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective), want)
     same(gradients(policy, make_step(store, RECORDS[::-1], columns=columns, micro_tokens=150), objective), want)
     assert swept == 5 and len(NAMES) == len(LOSSES) + 3 >= 37
 
 
 def test_doubling_the_batch_changes_nothing(policy, frozen, store, column):
+    plainly = policy
     for name in NAMES:
         objective, columns = replace(objective_of(name), frozen=frozen), {"reference": column}
+        policy = learning(name, plainly)
         once = gradients(policy, make_step(store, RECORDS, columns=columns, micro_tokens=150), objective)
         twice = gradients(policy, make_step(store, RECORDS * 2, columns=columns, micro_tokens=150), objective)
         same(twice, once)

@@ -91,7 +91,7 @@ OPTIONS_ARE_CALLED = {"options"}
 # A room that a stage uses -> rooms that get its options whole.
 READ_FOR_STAGES = {"pipeline": ("pipeline", "intake"), "endpoints": ("endpoints",)}
 # Functions of config.py that stages call to read options for them.
-READERS_IN_CONFIG = {"loss_terms", "scored_terms", "kl_place", "reads_draws"}
+READERS_IN_CONFIG = {"loss_terms", "scored_terms", "kl_place", "reads_draws", "learns_value"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

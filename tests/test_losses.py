@@ -147,6 +147,7 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
     "value-quantile": [({}, [(0.25 - 0.1 * log(0.1 * (exp(10) - 1)) - 0.1) ** 2, (0.75 - 0.1 * log(0.1 * (exp(10) - 1))) ** 2,
                              (0.5 - 0.1 * log(0.1 * (exp(10) - 1)) + 0.2) ** 2]),
                        ({"beta": 1.0}, [(-0.75 - log(exp(1) - 1)) ** 2, (0.75 - log(exp(1) - 1)) ** 2, (2.5 - log(exp(1) - 1)) ** 2])],
+    "value-learned": [({}, [2, log(3) ** 2 / 2, 12.5]), ({"beta": 0.5}, [1.125, log(3) ** 2 / 2, 8])],
     "anchor": [({}, [-1, 0, 2])],
     "optimism": [({}, [1, 0, -2])],
     "bradley-terry": [({}, [ell(2), ell(-1), ell(-3)]), ({"margin": 1.0}, [ell(1), ell(-2), ell(-4)])],
@@ -166,7 +167,7 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
 def worked(name: str) -> tuple:
     if name in BATCHWISE:
         return (*pairs.WORKED, batchwise.ONES, *carried(name))
-    if LOSSES[name].kind == "draws":
+    if LOSSES[name].kind == "draws" or name == "value-learned":
         return values.WORKED[:1]
     if name in ONLY:
         return reward.WORKED[LOSSES[name].kind]
@@ -193,19 +194,19 @@ def short(policy: Tensor, reference: Tensor, length: Tensor) -> Side:
     """A side whose first token is all there is to it; the rest is forced. Its score is its place."""
     score = torch.arange(len(length), dtype=length.dtype)
     return Side(policy, reference, length, tokens=(policy - reference)[:, None], collision=torch.zeros_like(length), score=score,
-                member=torch.stack([score, -score], 1), kl=torch.zeros_like(length))  # fmt: skip
+                member=torch.stack([score, -score], 1), kl=torch.zeros_like(length), value=torch.zeros_like(length))  # fmt: skip
 
 
 def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Side, Side]:
     """Two sides of log-probs as real responses have them: -1 to -4 nats a token over 1 to 40 tokens."""
-    rng = np.random.default_rng(seed)
+    rng, more = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def side() -> Side:
         length = rng.integers(1, 41, size=size)
         policy = -length * rng.uniform(1, 4, size=size)
         tokens = np.where(np.arange(40) < length[:, None], spread * rng.normal(size=(size, 40)), 0)
         columns = (policy, policy - tokens.sum(1), length, tokens, -length * rng.uniform(1, 4, size=size), rng.normal(size=size),
-                   rng.normal(size=(size, 3)), rng.uniform(0, 3, size=size))  # fmt: skip
+                   rng.normal(size=(size, 3)), rng.uniform(0, 3, size=size), more.normal(size=size))  # fmt: skip
         return Side(*(torch.tensor(x, dtype=dtype) for x in columns))
 
     return side(), side()
@@ -248,10 +249,10 @@ def test_line_of_the_table(name):
     loss = LOSSES[name]
     assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws", "grades"} and loss.source
     assert loss.reference in {"none", "token", "distribution"}
-    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member", "kl"}
+    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member", "kl", "value"}
     assert loss.scalar in {"no", "too", "only"} and (loss.scalar != "only" or loss.reference == "none")
     data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order",
-            "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples"}
+            "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples", "value-learned": "rewards"}
     free = name in {"bradley-terry-margin", "square"} if name in ONLY else loss.reference == "none" or name in data
     assert (loss.start is None) == free, "policy = reference fixes a value where there is a reference and nothing else is read"
     assert all(isinstance(v, float) for v in arguments(name).values())
@@ -327,6 +328,7 @@ def test_golden(name):
     m = 2, 0, -3 against 2, -2, 0 and, what the members are sure of, t = 2, 0, -2. soft is -ls(m) + (1-s) m. rebel: D - eta d.
     value, value-quantile (`values.WORKED`: a = 1, 0, -2; rewards 0, ln 3 of one prompt, 2 of another): Z = (1 + 3)/2, at beta .5 (1 + 9)/2,
     the other's V is its own reward 2; quantiles .25, .75, .5 less beta ln(beta (e^(1/beta) - 1)). anchor, optimism: -a and a.
+    value-learned (a value model says 1, 0, -1): 0 - 1 - 1, ln 3, 2 + 1 + 2, squared, halved; at beta .5: -1.5, ln 3, 4.
     """
     for numbers, golden in GOLDEN[name]:
         values = LOSSES[name].function(*worked(name), **numbers)
@@ -481,7 +483,7 @@ def test_what_the_prompt_adds_cancels(name):
         return
     torch.testing.assert_close(items(name, *moved), items(name, chosen, rejected), rtol=1e-10, atol=1e-10)
     biased = [replace(s, policy=s.policy - 7.25) for s in (chosen, rejected)]
-    if LOSSES[name].kind in ("verdicts", "values", "draws"):
+    if LOSSES[name].kind in ("verdicts", "values", "draws", "grades"):
         assert (items(name, *biased) != items(name, chosen, rejected)).all(), "one response has no other side to cancel against"
 
 

@@ -581,6 +581,16 @@ def test_overfitting():
     assert "fit" not in said(after(), earlier=[evaluation(150)])[0]
 
 
+def test_the_bias_of_values_that_were_read_off_samples():
+    """Told in units of the reward beside its spread; a warning from a tenth of it on."""
+    for bias, level in ((-0.3, "warn"), (-0.05, "note")):
+        rows = findings([after()], {"steps": 99, "partition": {"samples": 4.0, "effective": 1.9, "beta": 1.0, "bias": bias, "spread": 1.0}})
+        (found,) = [f for f in rows if f.about == "partition"]
+        assert found.level == level and "4.00 samples a prompt, of which 1.90 count" in found.text
+        assert ("value-learned" in found.text) == (level == "warn") and number(abs(bias)) in found.title
+    assert not [f for f in findings([after()], {"steps": 99, "partition": {}}) if f.about == "partition"]
+
+
 def test_course():
     assert [f.title for f in findings([training(1)], {"steps": 1})] == ["A short run: 1 step"]
     assert "A short run: 1 step" not in [f.title for f in findings([training(1), after()], {"steps": 1})], "something was learned"

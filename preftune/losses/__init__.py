@@ -48,7 +48,7 @@ class Loss:
         source: paper and equation.
         separable: a step's loss is a sum over items, so micro-batches need one forward; False = batch statistics, two.
         mismatched: needs each prompt with another record's response (KTO's z0).
-        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'kl' (reference='distribution').
+        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'value', 'kl' (reference='distribution').
         partition: its Z is estimated from samples, so their number and weights decide whether it can be trained at all.
         scalar: whether it stands on the scores of a reward model: 'no'; 'only'; or 'too', with beta 1 and a reference of 0. Then `start`
             is its value where all scores are 0.
@@ -293,6 +293,7 @@ LOSSES: Mapping[str, Loss] = {
     "rebel": Loss(distill.rebel, "scored", "token", "refuse", "arXiv:2404.16767", needs=("score",), start=_rebel),
     "value": Loss(values.value, "values", "token", "refuse", "arXiv:2505.20686 (A*-PO), one beta", needs=("score",), partition=True),
     "value-quantile": Loss(values.value_quantile, "values", "token", "refuse", "arXiv:2507.08068 (QRPO)", needs=("score",)),
+    "value-learned": Loss(values.value_learned, "grades", "token", "refuse", "arXiv:2405.19107 (DRO-V)", needs=("score", "value")),
     "anchor": Loss(values.anchor, "draws", "token", "refuse", "arXiv:2405.19316, its forward KL", start=_zero),
     "optimism": Loss(values.optimism, "draws", "token", "refuse", "arXiv:2405.21046 (XPO)", start=_zero),
     "bradley-terry": Loss(reward.bradley_terry, "pairs", "none", "swap", "Bradley and Terry 1952; arXiv:2009.01325", reads=POLICY,

@@ -31,6 +31,7 @@ class Side:
         score: (B,) the data's own reward of the response, NaN where it has none; only for losses that need 'score'.
         member: (B, M) what each member of an ensemble says of it; only for losses that need 'member'.
         kl: (B,) sum over its tokens of KL(ref(.|s_t)||pi(.|s_t)), with gradient; only for losses that need 'kl'.
+        value: (B,) what a value model says of its prompt, with gradient; only for losses that need 'value'.
     """
 
     policy: Tensor
@@ -41,6 +42,7 @@ class Side:
     score: Tensor | None = None
     member: Tensor | None = None
     kl: Tensor | None = None
+    value: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """The same with every column changed."""

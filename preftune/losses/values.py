@@ -1,7 +1,8 @@
 """Losses over single scored responses that know the value of their prompt: `f(side, draws, *, ...) -> (B,)`, minimised. Torch only.
 
 r(x, y) = beta a(y) + V(x) with V = beta log Z(x), Z = E_ref[exp(r/beta)]. V is read off the prompt's own samples of the reference
-(`Draws`); responses that others wrote may be trained on and never enter V. And two losses over the samples themselves, `f(side) -> (B,)`.
+(`Draws`); responses that others wrote may be trained on and never enter V. Or V is learned beside the policy (`Side.value`), from any
+responses. And two losses over the samples themselves. The last three are `f(side) -> (B,)`.
 
 Every docstring works three numbers on `WORKED`. Try it: `pytest preftune/losses/values.py`.
 """
@@ -67,10 +68,10 @@ class Draws:
 
 
 WORKED = (
-    replace(pairs.WORKED[0], score=_row(0, math.log(3), 2)),
+    replace(pairs.WORKED[0], score=_row(0, math.log(3), 2), value=_row(1, 0, -1)),
     Draws(torch.tensor([0, 0, 1]), _row(1, 1, 1)),
 )
-"""a = 1, 0, -2. Two samples of one prompt with rewards 0 and ln 3, one of another with 2."""
+"""a = 1, 0, -2. Two samples of one prompt with rewards 0 and ln 3, one of another with 2. A value model says 1, 0, -1 of their prompts."""
 
 
 def value(side: Side, draws: Draws, *, beta: float = 1.0) -> Tensor:
@@ -102,6 +103,21 @@ def value_quantile(side: Side, draws: Draws, *, beta: float = 0.1) -> Tensor:
     """
     assert side.score is not None, "this loss declares needs=('score',)"
     return (draws.quantile(side.score) - beta * log_z_of_quantiles(beta) - beta * side.ratio) ** 2
+
+
+def value_learned(side: Side, *, beta: float = 1.0) -> Tensor:
+    """DRO-V: (r - V - beta a)^2/2, V a value model of the prompt that learns from the same loss.  arXiv:2405.19107.
+
+    Where the responses cover the reference (pi*, beta log Z) is the only minimum, whoever wrote them. As in the paper the policy's gradient
+    is over beta: log pi and V are both pushed by the bare residual.
+    0 - 1 - 1 = -2; ln 3; 2 + 1 + 2 = 5.
+
+    >>> value_learned(WORKED[0])
+    tensor([ 2.0000,  0.6035, 12.5000], dtype=torch.float64)
+    """
+    assert side.score is not None and side.value is not None, "this loss declares needs=('score', 'value')"
+    still = side.ratio.detach()
+    return (side.score - side.value - beta * still - (side.ratio - still)) ** 2 / 2
 
 
 def anchor(side: Side) -> Tensor:

@@ -20,6 +20,7 @@ KL_LIMIT = 0.05  # nats per token: the range in which the notes' KL limit makes 
 SHORT_RUN = 50  # steps
 LEVELS = ("alarm", "warn", "good", "note")  # the gravest first
 LENGTH_DRIFT = 0.2  # relative change of the sampled length from which a reward may be a reward of length
+BIASED = 0.1  # bias of a value, in spreads of the reward, from which it is worth a warning
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def findings(metrics: Sequence[Row], results: Row | None) -> list[Finding]:
     paired, alarms = done.get("paired_reward"), done.get("alarms") or {}
     found = [*_course(trainings(metrics), finished="steps" in done), *_accuracy(after), *_reward(before, after, paired),
              *_kl(after, done.get("gate")), *_displacement(later, after, paired, alarms), *_length(before, after), *_fit(scored),
-             *_gate(done.get("gate")), *_alarms(alarms)]  # fmt: skip
+             *_gate(done.get("gate")), *_alarms(alarms), *_partition(done.get("partition"))]  # fmt: skip
     if any(f.level == "good" for f in found):  # what was learned in few steps was learned
         found = [f for f in found if f.about != "short"]
     return sorted(found, key=lambda f: LEVELS.index(f.level))
@@ -287,6 +288,18 @@ def _fit(scored: Sequence[Row]) -> Iterator[Finding]:
         yield _finding(
             "note", "fit", "Held-out loss was lowest before the end", text, "Fewer steps would fit the held-out pairs better."
         )
+
+
+def _partition(z: Row | None) -> Iterator[Finding]:
+    """What is known of the error of Z, where a loss read it off samples (`objectives.partition`)."""
+    bias, spread, count, samples = (value(z, key) for key in ("bias", "spread", "effective", "samples"))
+    if bias is None or spread is None or count is None or samples is None:
+        return
+    large = abs(bias) > BIASED * spread
+    yield _finding("warn" if large else "note", "partition", f"Values were too low by about {number(abs(bias))}",
+        f"V = beta log Z was read off {number(samples)} samples a prompt, of which {number(count)} count; rewards of a prompt spread by "
+        f"{number(spread)}. Every answer that was trained on, good or bad, was pushed up by as much.",
+        "More samples a prompt or a larger beta make it smaller; --loss value-learned and value-quantile do without." if large else "")
 
 
 def _within(found: Row) -> str:

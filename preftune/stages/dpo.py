@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from .. import pipeline, report
-from ..config import Dpo, loss_terms
+from ..config import Dpo, learns_value, loss_terms
 from ..objectives import Objective, preference
+from ..readout import with_value
 from ..records import Record
 
 
@@ -35,6 +37,11 @@ def moving(options: Dpo) -> tuple[float, int] | None:
     return None if alpha is None else (alpha, options.reference_every)
 
 
+def learner(setup: pipeline.Setup, options: Dpo) -> Any:
+    """The policy, beside a value model where the loss learns one."""
+    return with_value(setup.model, options.value, device=setup.device) if learns_value(options) else setup.model
+
+
 def then(folder: Path) -> str:
     """What to do next: compare it with what it began from, by the reward that watched it; where nothing was sampled, talk to it."""
     run = report.read_run(folder)
@@ -44,4 +51,5 @@ def then(folder: Path) -> str:
     return shlex.join([*words, "--output", f"{folder}-compared"])
 
 
-TASK = pipeline.Task("dpo", Dpo, objective, select, then, moving)
+TASK = pipeline.Task("dpo", Dpo, objective, select, then, moving, learner=learner,
+                     factor=lambda name, options: options.value_lr if name.startswith("value.") else 1.0)  # fmt: skip

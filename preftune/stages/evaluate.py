@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import certainty, evaluate, models, reference, report, runs
-from ..config import Evaluate, data_source, loss_terms
+from ..config import Evaluate, data_source, learns_value, loss_terms
 from ..errors import DataError, UsageError
 from ..evaluate import Spoken, distinct, divergences, judged, kl_summary, read_out, repeated, speak
 from ..files import atomic_write, write_json
@@ -75,6 +75,8 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
             raise UsageError(f"{flag} {name}: exists already; name a new file")
     options = of_run(options)
     terms = loss_terms(options)
+    if learns_value(options):
+        raise UsageError(f"--loss {options.loss}: its value model stays in the checkpoints of its run; name another, such as sigmoid")
     objective = preference(terms, label_smoothing=options.label_smoothing or 0.0)
     if options.reference is None and (objective.reference != "none" or options.implicit or options.tokens):
         what = "--implicit" if options.implicit else "--tokens" if options.tokens else f"the loss {objective.name}"

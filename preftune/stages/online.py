@@ -24,7 +24,7 @@ def run(options: OnlineDpo) -> int:
 def objective(options: OnlineDpo) -> Objective:
     """The losses that the options name. Raises UsageError for one that pairs of a round, and a sample of the reference, cannot feed."""
     found = preference(loss_terms(options), label_smoothing=options.label_smoothing)
-    if found.mismatched or found.reads not in ("pairs", "lists", "scores") or "values" in found.also or "member" in found.needs:
+    if found.mismatched or found.reads not in ("pairs", "lists", "scores") or "values" in found.also or {"member", "value"} & found.needs:
         raise UsageError(f"--loss {options.loss} does not learn from pairs alone: online takes losses over pairs, such as sigmoid")
     if reads_draws(options) and options.temperature != 1:
         raise UsageError(f"--loss {options.loss} reads samples of the reference itself: it needs --temperature 1")

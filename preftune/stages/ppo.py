@@ -6,12 +6,11 @@ Of the data only prompts are read. Each round samples answers from the policy as
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 from .. import pipeline, rollouts
 from ..config import Ppo, kl_place
-from ..readout import decoder_of, packs
+from ..readout import Learner, with_value
 from ..records import Record
 
 ANSWERS = {"gae": 1, "rloo": 4, "group": 4}  # per prompt, where --k does not say
@@ -35,14 +34,9 @@ def select(record: Record, options: Ppo) -> Record:
     return Record(record.prompt, (), where=record.where)
 
 
-def learner(setup: pipeline.Setup, options: Ppo) -> rollouts.Learner:
+def learner(setup: pipeline.Setup, options: Ppo) -> Learner:
     """The policy, and with --advantage gae its value model."""
-    policy = setup.model
-    if options.advantage != "gae":
-        return rollouts.Learner(policy, None)
-    trunk = copy.deepcopy(decoder_of(policy)).requires_grad_(True) if options.value == "copy" else None
-    width = next(p for p in policy.get_output_embeddings().parameters()).shape[-1]
-    return rollouts.Learner(policy, rollouts.Value(width, decoder=trunk, segments=packs(policy)).to(setup.device))
+    return with_value(setup.model, options.value, device=setup.device) if options.advantage == "gae" else Learner(setup.model, None)
 
 
 def make(options: Ppo) -> rollouts.Make:
@@ -67,5 +61,5 @@ def rounds(count: int, options: Ppo) -> rollouts.Rounds:
 
 TASK = pipeline.Task(
     "ppo", Ppo, objective, select, lambda folder: f"preftune chat {folder}",
-    rolls=pipeline.Rolls(rounds, lambda options: options.k or ANSWERS[options.advantage], kept, make, learner,
-                         lambda name, options: options.value_lr if name.startswith("value.") else 1.0))  # fmt: skip
+    rolls=pipeline.Rolls(rounds, lambda options: options.k or ANSWERS[options.advantage], kept, make), learner=learner,
+    factor=lambda name, options: options.value_lr if name.startswith("value.") else 1.0)  # fmt: skip
