@@ -246,11 +246,12 @@ class Ppo(OnPolicy):
     kl_target: float | None = option(None, "nats per answer that --beta is steered to hold. Default: --beta stays", group="training", low=0, open_low=True)
     kl_horizon: int = option(10000, "answers over which a steered --beta may change by a fifth", group="training", low=1)
     clip_ratio: float = option(0.2, "how far the ratio to the sampling policy may go before a token or answer stops counting", group="training", low=0, high=1, open_low=True)
+    importance_cap: float = option(2.0, "an answer counts by how much likelier it is where log-probs are read than where it was sampled, at most this; 0: every answer counts alike", group="training", low=0)
     normalise_rewards: bool = option(False, "rewards less their running mean, over their running standard deviation", group="training")
     whiten: bool = option(True, "advantages to mean 0 and variance 1 over a round (gae)", group="training")
     discount: float = option(1.0, "gamma of gae", group="training", low=0, high=1, open_low=True)
     lam: float = option(0.95, "lambda of gae: 1 trusts rewards alone, 0 the value alone", group="training", low=0, high=1)
-    value: str = option("head", "value model: a head on the policy's states, which do not learn from it; or a copy of the policy with a head", group="training", choices=("head", "copy"))
+    value: str = option("head", "value model: a head on the policy's states, which do not learn from it; a copy of the policy with a head; or a copy of the reward model, which begins with what that says of unfinished answers", group="training", choices=("head", "copy", "reward"))
     value_weight: float = option(0.1, "weight of the value loss", group="training", low=0, open_low=True)
     value_lr: float = option(1.0, "learning rate of the value model, in learning rates of the policy", group="training", low=0, open_low=True)
     clip_value: float = option(0.2, "how far a value may move in a round before its loss stops falling", group="training", low=0, open_low=True)
@@ -1023,11 +1024,15 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Losses,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),
     ((Losses,), "reference_every", lambda o: o.reference_update == "none", "has no effect without --reference-update soft or hard"),
     *(((OnPolicy,), name, lambda o: True, "has no effect: of the data only prompts are read") for name in ("from_scores", "finish")),
+    ((OnPolicy,), "model", lambda o: _asks(o.model), "is behind an endpoint, whose weights do not follow the policy: give the folder of the weights that are to learn (docs/ppo.md#endpoints)"),
     ((OnPolicy,), "patience", lambda o: True, "has no held-out loss to go by: answers are the policy's own"),
     ((OnPolicy,), "publish", lambda o: o.publish == "best", "best has no held-out loss to go by: answers are the policy's own"),
     ((OnPolicy,), "rollout_prompts", lambda o: o.rollout_prompts < o.batch_size, "must be at least --batch-size, the prompts of one step"),
     ((Ppo,), "k", lambda o: o.advantage != "gae" and o.k == 1, "must be at least 2: --advantage rloo and group compare a prompt's answers"),
     *(((Ppo,), name, lambda o: o.advantage != "gae", "has no effect: there is a value model with --advantage gae only") for name in ("whiten", "discount", "lam", "value", "value_weight", "value_lr", "clip_value")),
+    ((Ppo,), "value", lambda o: o.value == "reward" and not str(o.reward).startswith("model:"), "reward begins as a reward model, and --reward is none: give --reward model:FOLDER, or --value head or copy"),
+    ((Ppo,), "normalise_rewards", lambda o: o.value == "reward", "changes the unit of rewards, which --value reward begins in: give one of the two"),
+    ((Ppo,), "importance_cap", lambda o: 0 < o.importance_cap < 1, "must be 0, which corrects nothing, or at least 1: below it also shrinks what was sampled right"),
     ((Ppo,), "kl_horizon", lambda o: o.kl_target is None, "has no effect without --kl-target"),
     ((Ppo,), "kl_target", lambda o: o.beta == 0, "has nothing to steer: --beta is 0"),
     ((Ppo,), "kl_target", lambda o: kl_place(o) != "reward", "steers the KL in the reward: give --kl reward"),

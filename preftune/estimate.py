@@ -29,7 +29,7 @@ from .attention import blocks
 from .batches import Batch, Order, make_batch, split, tokens_of
 from .errors import OutOfMemoryError
 from .files import free_memory, size_text
-from .readout import as_reference, hidden_states, packs, prefix_kl, scalars, scores, token_logps, vocabulary_of
+from .readout import Learner, as_reference, hidden_states, packs, prefix_kl, scalars, scores, token_logps, values_of, vocabulary_of
 from .store import Store, from_ids
 
 MOMENTS = {"adamw": 8.0, "rmsprop": 4.0, "adamw-8bit": 2.1}  # bytes of a trained weight
@@ -81,9 +81,9 @@ def ghost(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def ghostly(batch: Batch, model: Any) -> Batch:
+def ghostly(batch: Batch, *read_by: Any) -> Batch:
     """A batch on the meta device, attended to by blocks as on a processor, which keep what a fused kernel of a GPU keeps too."""
-    windows = {None, getattr(model.config, "sliding_window", None)}
+    windows = {None, *(getattr(model.config, "sliding_window", None) for model in read_by)}
     return replace(batch.to("meta"), segments=replace(batch.segments, plans={w: blocks(batch.segments) for w in windows}))
 
 
@@ -125,15 +125,27 @@ def largest(store: Store, records: np.ndarray, order: Order, *, total: int, micr
     return best, several
 
 
-def step_peak(model: Any, batch: Batch, *, several: bool) -> tuple[int, int]:
-    """(bytes at most in one step, of which gradients and fp32 copies of the weights), moments of the optimiser left out."""
-    model.zero_grad()
+def step_peak(model: Any, batch: Batch, *, several: bool, value: Any | None = None) -> tuple[int, int]:
+    """(bytes at most in one step, of which gradients and fp32 copies of the weights), moments of the optimiser left out.
+
+    Args:
+        several: passes. value: a value model that trains with the policy, or None.
+    """
+    learner = Learner(model, value)
+    learner.zero_grad()
     with Alive() as alive:
-        state = engine.make_state(model, rate=lambda step: 0.0, clip=0.0, optimiser="rmsprop")  # it never steps
+        state = engine.make_state(learner, rate=lambda step: 0.0, clip=0.0, optimiser="rmsprop")  # it never steps
         for _ in range(1 + several):  # with several passes the largest may find all gradients there
-            _read(model, hidden_states(model, batch), batch).sum().backward()
+            _whole(model, value, batch).backward()
             engine.collect(state)
         return alive.peak, alive.now
+
+
+def _whole(model: Any, value: Any | None, batch: Batch) -> Tensor:
+    """A number whose backward pass goes where that of a loss goes."""
+    hidden = hidden_states(model, batch)
+    read = _read(model, hidden, batch).sum()
+    return read if value is None else read + values_of(value, hidden, batch).sum()
 
 
 def _read(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
@@ -162,21 +174,23 @@ def sampling_peak(config: Any, rows: int, longest: int, vocabulary: int, element
 
 
 def foresee(model: Any, frozen: Any | None, store: Store, train: np.ndarray, held: np.ndarray, order: Order, *, total: int,
-            micro_tokens: int, optimiser: str, prompts: Sequence[int], sample_tokens: int, samples: int, device: str) -> Needs:  # fmt: skip
+            micro_tokens: int, optimiser: str, prompts: Sequence[int], sample_tokens: int, samples: int, device: str,
+            value: Any | None = None) -> Needs:  # fmt: skip
     """The needs of a run, before it.
 
     Args:
         model: the policy as it will train. frozen: a reference model beside it, or None. train, held: store records. total: steps.
-        prompts: tokens of each prompt that is sampled from. samples: for each.
+        prompts: tokens of each prompt that is sampled from. samples: for each. value: a value model that trains with the policy.
     """
     share = packs(model)
-    shape, other = ghost(model), None if frozen is None else ghost(frozen)
+    shape, other, critic = ghost(model), None if frozen is None else ghost(frozen), None if value is None else ghost(value)
     chosen, several = largest(store, train, order, total=total, micro_tokens=micro_tokens, share=share)
-    batch = ghostly(make_batch(store, chosen, share=share), model)
-    weights = sum(p.nbytes for m in (model, frozen) if m is not None for p in m.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trunk = getattr(value, "decoder", None)
+    batch = ghostly(make_batch(store, chosen, share=share), model, *([] if trunk is None else [trunk]))
+    weights = sum(p.nbytes for m in (model, frozen, value) if m is not None for p in m.parameters())
+    trained = [p for m in (model, value) if m is not None for p in m.parameters() if p.requires_grad]
     moments = int(MOMENTS[optimiser] * sum(p.numel() for p in trained))
-    peak, fixed = step_peak(shape, batch, several=several)
+    peak, fixed = step_peak(shape, batch, several=several, value=critic)
     wide = sum(p.numel() * max(4, p.element_size()) for p in trained)
     evaluation = 0
     if len(held):

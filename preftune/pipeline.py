@@ -109,7 +109,7 @@ class Setup:
     Args:
         model: the policy. frozen: the reference model, or None where it is the policy with its adapter off.
         train, held: store records. prompts: held-out prompts to sample from. manifest: what will be written of all this.
-        texts: store record -> its prompt. reward: of the answers that train, or None.
+        texts: store record -> its prompt. reward: of the answers that train, or None. learner: what trains: the model, or it and more.
     """
 
     model: Any
@@ -131,6 +131,7 @@ class Setup:
     meter: estimate.Meter
     texts: Callable[[int], Text]
     reward: Any | None
+    learner: Any = None
 
 
 def sampled(options: Fitting) -> Training:
@@ -295,7 +296,13 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     require_window(options, min(options.max_steps or order.steps, order.steps), len(prompts))
     setup = Setup(model, frozen, tokenizer, codec, store, train, held_index, prompts, columns, objective, scoring, truth, order, lr,
                   device, manifest, meter, texts, training_reward)  # fmt: skip
-    manifest["memory"] = memory(setup, options, task.rolls.k(options) if task.rolls else 0)
+    return _ready(task, setup, own)
+
+
+def _ready(task: Task, setup: Setup, options: Fitting) -> Setup:
+    """The setup with what trains, once memory holds it."""
+    setup = replace(setup, learner=task.learner(setup, options))
+    setup.manifest["memory"] = memory(setup, sampled(options), task.rolls.k(options) if task.rolls else 0)
     return setup
 
 
@@ -402,7 +409,8 @@ def memory(setup: Setup, options: Training, answers: int = 0) -> dict[str, int] 
     try:
         needs = estimate.foresee(setup.model, setup.frozen, store, train, setup.held, order, total=total,
                                  micro_tokens=options.micro_tokens, optimiser=options.optimiser, prompts=prompts,
-                                 sample_tokens=options.sample_tokens, samples=options.eval_samples, device=setup.device)  # fmt: skip
+                                 sample_tokens=options.sample_tokens, samples=options.eval_samples, device=setup.device,
+                                 value=getattr(setup.learner, "value", None))  # fmt: skip
     except (RuntimeError, ValueError, TypeError) as error:  # the meta device has no values to branch on
         say(f"memory: not estimated for {type(setup.model).__name__}: {clean(str(error).splitlines()[0])[:120]}")
         return None
@@ -512,8 +520,7 @@ def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoi
     options = sampled(own)
     total = min(options.max_steps or setup.order.steps, setup.order.steps)
     rate = engine.schedule(options.schedule, setup.lr, steps=total, warmup=options.warmup)
-    learner = task.learner(setup, own)
-    state = engine.make_state(learner, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
+    state = engine.make_state(setup.learner, rate=rate, clip=options.clip, weight_decay=options.weight_decay,
                               betas=(options.adam_beta1, options.adam_beta2), optimiser=options.optimiser,
                               factor=lambda name: task.factor(name, own))  # fmt: skip
     kept = task.rolls.kept(options) if task.rolls else None

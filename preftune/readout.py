@@ -203,7 +203,8 @@ def token_scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 class Value(nn.Module):
-    """Reward to come at every prefix: a head that starts at zero, on the policy's states or on those of a trunk of its own."""
+    """Reward to come at every prefix: a head on the policy's states or on those of a trunk of its own. It starts at zero, or as a reward
+    model (`begun`)."""
 
     def __init__(self, width: int, *, decoder: Any | None = None, segments: bool = False, dtype: torch.dtype = torch.float32):
         """width: of a hidden state. decoder: a trunk that trains with the head. segments: whether it reads a segment table."""
@@ -212,6 +213,16 @@ class Value(nn.Module):
         self.head = nn.Linear(width, 1, dtype=dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def begun(cls, model: Any, *, shift: float, scale: float) -> Value:
+        """What a reward model says at every prefix, as its scores are normalised: (scalar - shift) / scale. Its trunk is copied."""
+        head, trunk = scalar_head(model), copy.deepcopy(decoder_of(model)).requires_grad_(True)
+        out = cls(head.in_features, decoder=trunk, segments=packs(model))
+        with torch.no_grad():
+            out.head.weight.copy_(head.weight.float() / scale)
+            out.head.bias.copy_(((0 if head.bias is None else head.bias) - torch.tensor(shift)) / scale)
+        return out
 
     def get_decoder(self) -> Any:
         """The trunk."""

@@ -242,6 +242,7 @@ class Member:
     Args:
         read: a store of responses -> the reward of each, (R,), in order. codec: how texts become its ids. window: its positions, or None.
         rule: in the place of these three, a function of texts. level: whether its level is set on reference samples.
+        model: the reward model itself, where it is one: a reward is (its scalar - shift) / scale.
     """
 
     read: Callable[[Store], np.ndarray] | None = None
@@ -249,6 +250,9 @@ class Member:
     window: int | None = None
     rule: Rule | None = None
     level: bool = True
+    model: Any | None = None
+    shift: float = 0.0
+    scale: float = 1.0
 
     def score(self, prompts: Sequence[Text], responses: Sequence[Response]) -> np.ndarray:
         """(n,) float64. Raises DataError for a response that cannot be scored: none is left out."""
@@ -307,7 +311,7 @@ class Scorer:
         Args:
             prompts: per record of the store, what `codec` encoded.
         """
-        shared = all(m.codec is not None and _same(m.codec, codec) for m in self.members)
+        shared = all(m.codec is not None and same_ids(m.codec, codec) for m in self.members)
         record = np.repeat(np.arange(len(store)), np.diff(store.record_start))[store.response >= 0]
         if shared and len(record):
             table = np.stack([m.read(store) for m in self.members if m.read])
@@ -336,7 +340,7 @@ def _numbers(prompts: Sequence[Text]) -> np.ndarray:
     return np.array([known.setdefault(p, len(known)) for p in prompts])
 
 
-def _same(ours: Codec, theirs: Codec) -> bool:
+def same_ids(ours: Codec, theirs: Codec) -> bool:
     """Whether the same ids mean the same text, set the same way."""
     one, two = ({k: v for k, v in c.describe().items() if k not in ("finish", "control_tokens")} for c in (ours, theirs))
     return one == two and ours.backend.to_str() == theirs.backend.to_str()
@@ -408,7 +412,7 @@ def _reward_model(place: str, loading: dict[str, Any], micro_tokens: int) -> Mem
     def read(store: Store) -> np.ndarray:
         return (scores_of(model, store, micro_tokens=micro_tokens, device=loading["device"]) - shift) / scale
 
-    return Member(read, codec, models.window_of(model.config), level="shift" in facts)
+    return Member(read, codec, models.window_of(model.config), level="shift" in facts, model=model, shift=shift, scale=scale)
 
 
 CODEC = ("template", "template_name", "bos", "eos", "finish", "control_tokens")
@@ -433,7 +437,7 @@ def _implicit(spec: str, rest: str, loading: dict[str, Any], micro_tokens: int) 
     beta = _beta(spec, policy)
     (ours, tokenizer), (theirs, other) = (models.load(name, **loading) for name in (policy, reference))
     codec = make_codec(tokenizer)
-    if not _same(codec, make_codec(other)):
+    if not same_ids(codec, make_codec(other)):
         raise UsageError(f"reward {spec!r}: the two models have different tokenisers or templates, so their log-probs are of different ids")
     share = packs(ours) and packs(theirs)
 

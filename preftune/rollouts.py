@@ -288,6 +288,7 @@ class Credit:
     whiten: bool = True
     discount: float = 1.0
     lam: float = 0.95
+    cap: float = 0.0
 
 
 def credited(rules: Credit, source: Source, kept: Kept, records: np.ndarray, number: int) -> tuple[Round, dict[str, Any]]:
@@ -297,8 +298,8 @@ def credited(rules: Credit, source: Source, kept: Kept, records: np.ndarray, num
     ids = [[s.ids for s in row] for row in samples]
     raw = score(source, records, ids, np.array([s.finished for row in samples for s in row]))
     store = _stored(source, records, ids)
-    columns, facts = credit(rules, source, kept, store, raw)
     sampled = np.array([p for row in samples for s in row for p in s.logps])
+    columns, facts = credit(rules, source, kept, store, raw, sampled)
     gap = np.abs(sampled - columns["old"][store.trained])
     entropy = -sampled.sum() / len(raw)
     facts |= {"objective/entropy": entropy, "sampler/gap": gap.mean(), "sampler/gap_max": gap.max(),
@@ -307,11 +308,13 @@ def credited(rules: Credit, source: Source, kept: Kept, records: np.ndarray, num
     return Round(records, ids, columns, store), plain(facts) | speed(began, sampled)
 
 
-def credit(rules: Credit, source: Source, kept: Kept, store: Store, raw: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def credit(rules: Credit, source: Source, kept: Kept, store: Store, raw: np.ndarray,
+           sampled: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """What every token of these answers needs to know, and what is worth reporting.
 
     Args:
-        store: one record a prompt, answers side by side. raw: (R,) rewards.
+        store: one record a prompt, answers side by side. raw: (R,) rewards. sampled: of each of their tokens the log-prob that it was
+            drawn with; None: that which is read here.
     """
     read_off = read(source, store, policy=True, reference=rules.reference)
     place, shown_ = rows(store)
@@ -325,12 +328,20 @@ def credit(rules: Credit, source: Source, kept: Kept, store: Store, raw: np.ndar
     kl = ratio.sum(1)
     worth = torch.from_numpy(_normal(kept, raw) if rules.normalise else raw)
     weight = beta if rules.in_reward else 0.0
-    columns = {"old": old}
+    columns, facts = {"old": old}, dict[str, Any]()
+    if rules.cap and sampled is not None:
+        drawn = torch.zeros_like(old).masked_scatter(shown, torch.from_numpy(sampled))
+        counts = onpolicy.truncated(lead := torch.where(shown, old - drawn, 0).sum(1), cap=rules.cap)
+        columns["weight"] = counts[:, None].expand_as(old)
+        facts |= {"sampler/weight": counts.mean(), "sampler/weight_capped": (lead > math.log(rules.cap)).double().mean()}
     if rules.advantage == "gae":
         value = row("value")
         rewards = onpolicy.kl_in_reward(worth, ratio, shown, beta=weight)
         advantage = onpolicy.gae(rewards, value, shown, discount=rules.discount, lam=rules.lam)
         columns |= {"returns": advantage + value, "before": value}
+        coming = onpolicy.gae(rewards, torch.zeros_like(value), shown, discount=rules.discount, lam=1.0)[shown]
+        if spread := float(coming.var(unbiased=False)):
+            facts["val/explained"] = 1 - float((coming - value[shown]).var(unbiased=False)) / spread
         advantage = onpolicy.whiten(advantage, shown) if rules.whiten else advantage
     else:
         whole = {"rloo": onpolicy.rloo, "group": onpolicy.group}[rules.advantage]((worth - weight * kl).reshape(len(store), -1))
@@ -341,7 +352,7 @@ def credit(rules: Credit, source: Source, kept: Kept, store: Store, raw: np.ndar
         flat[name] = np.zeros(len(store.tokens))
         flat[name][place[shown_]] = values[shown].numpy()
     mean = float(kl.mean())
-    facts = {"objective/scores": raw.mean(), "objective/scores_std": raw.std(), "objective/kl": mean, "beta": beta,
+    facts |= {"objective/scores": raw.mean(), "objective/scores_std": raw.std(), "objective/kl": mean, "beta": beta,
              "objective/non_score_reward": -beta * mean, "objective/rlhf_reward": raw.mean() - beta * mean}  # fmt: skip
     if rules.target is not None:
         kept.beta = onpolicy.adaptive_kl(beta, mean, target=rules.target, horizon=rules.horizon, count=len(raw))
@@ -468,6 +479,7 @@ class Taken:
 
     Args:
         policy, old, reference: log-probs, nats. advantage. value, before: the value now and when sampled. returns: what it should be.
+        weight: what the terms of the policy count for (`onpolicy.truncated`).
     """
 
     policy: Tensor
@@ -477,6 +489,7 @@ class Taken:
     value: Tensor | None = None
     before: Tensor | None = None
     returns: Tensor | None = None
+    weight: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Taken:
         """The same with every column changed."""
@@ -512,7 +525,7 @@ class Surrogate:
         """Columns of a batch under the learner, with gradient where grad is enabled."""
         hidden = hidden_states(model.policy, batch)
         logps = token_logps(model.policy, hidden, batch, temperature=self.temperature).double()
-        columns = {name: batch.columns[name].double() for name in ("old", "advantage", "reference", "before", "returns")
+        columns = {name: batch.columns[name].double() for name in ("old", "advantage", "reference", "before", "returns", "weight")
                    if name in batch.columns}  # fmt: skip
         if model.value is not None:
             columns["value"] = values_of(model.value, hidden, batch).double()
@@ -521,19 +534,20 @@ class Surrogate:
         sums = {name: torch.zeros(batch.responses, dtype=torch.float64, device=logps.device).index_add(0, batch.response, values)
                 for name, values in (columns | {"policy": logps, "count": torch.ones_like(logps)}).items()}  # fmt: skip
         count = sums.pop("count")
-        return Taken(**sums | {"advantage": sums["advantage"] / count})
+        return Taken(**sums | {name: sums[name] / count for name in ("advantage", "weight") if name in sums})
 
     def terms(self, columns: Taken, table: Table, carry: Mapping[str, float] | None = None) -> Terms:
         """Unreduced losses summed, each with its denominator."""
         unit = "responses" if self.whole else "tokens"
+        counts = torch.ones_like(columns.policy) if columns.weight is None else columns.weight
         policy = onpolicy.clipped_policy(columns.policy - columns.old, columns.advantage, clip=self.clip_ratio)
-        out = {"policy_avg": (policy.sum(), unit)}
+        out = {"policy_avg": ((counts * policy).sum(), unit)}
         if columns.value is not None and columns.before is not None and columns.returns is not None:
             value = onpolicy.clipped_value(columns.value, columns.before, columns.returns, clip=self.clip_value)
             out["value_avg"] = (self.value_weight * value.sum(), unit)
         if self.kl != "reward" and columns.reference is not None:
             estimate = {"k2": onpolicy.k2, "k3": onpolicy.k3}[self.kl](columns.policy - columns.reference)
-            out["kl"] = (self.beta * estimate.sum(), unit)
+            out["kl"] = (self.beta * (counts * estimate).sum(), unit)
         return out
 
     def metrics(self, columns: Taken, table: Table) -> Mapping[str, Tensor]:

@@ -325,6 +325,12 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Ppo, f"{ROLL} --advantage rloo --no-whiten", "--whiten has no effect"),
     *((Ppo, f"{ROLL} --advantage rloo --{flag} {value}", f"--{flag} has no effect: there is a value model with --advantage gae only")
       for flag, value in (("discount", 0.9), ("lam", 1), ("value", "copy"), ("value-weight", 1), ("value-lr", 2), ("clip-value", 1))),
+    (Ppo, f"{ROLL} --value reward", "--value reward begins as a reward model, and --reward is none: give --reward model:FOLDER"),
+    (Ppo, f"{ROLL.replace('lexicon:pairs.jsonl', 'model:model')} --value reward --normalise-rewards",
+     "--normalise-rewards changes the unit of rewards"),
+    (Ppo, f"{ROLL} --importance-cap 0.5", "--importance-cap must be 0, which corrects nothing, or at least 1"),
+    *((verb, f"{ROLL.replace('--model model', '--model endpoint:http://127.0.0.1:1/v1#m')}", "weights do not follow the policy")
+      for verb in (Ppo, OnlineDpo)),
     (Ppo, f"{ROLL} --kl-horizon 100", "--kl-horizon has no effect without --kl-target"),
     (Ppo, f"{ROLL} --beta 0 --kl-target 2", "--kl-target has nothing to steer"),
     (Ppo, f"{ROLL} --advantage group --kl-target 2", "--kl-target steers the KL in the reward: give --kl reward"),

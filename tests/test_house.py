@@ -80,7 +80,7 @@ BUDGET: dict[str, int] = {
     "models": 620,  # what a model folder from a stranger may hold is read by allow-lists before any library sees it; scalar heads
     "tokens": 540,  # with prompts encoded once; every way in which tokenisers differ, each with its refusal
     "rewards": 500,  # rules, reward models, ensembles, endpoints' judges: one kind of answer
-    "rollouts": 600,  # samples of the current policy as steps
+    "rollouts": 620,  # samples of the current policy as steps; what they count for, what the value model begins as
     "evaluate": 420,  # every figure of evidence
 }
 LONGEST_FUNCTION = 80

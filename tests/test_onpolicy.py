@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,21 +119,27 @@ def source(policy, **changed) -> rollouts.Source:
     return rollouts.Source(**nothing | usual | changed)
 
 
-def slope(objective, rules, answers, rewards, term: str) -> torch.Tensor:
-    """d (one term, summed) / d (T3's logits) of a step on these answers to one prompt: (7, 3)."""
+def said(logits: torch.Tensor, store) -> np.ndarray:
+    """What T3 with these logits says of every token of the answers."""
+    return rollouts.read(source(TableModel.from_t3(logits)), store, policy=True, reference=False)["old"][store.trained]
+
+
+def slope(objective, rules, answers, rewards, term: str, drawn=None) -> torch.Tensor:
+    """d (one term, summed) / d (T3's logits) of a step on these answers to one prompt: (7, 3). drawn: the sampler's logits, if others."""
     policy = TableModel.t3_policy()
     store = from_ids([[BOS]], [answers])
-    columns, _ = rollouts.credit(rules, source(policy), rollouts.Kept(beta=BETA), store, np.array(rewards))
+    columns, _ = rollouts.credit(rules, source(policy), rollouts.Kept(beta=BETA), store, np.array(rewards),
+                                 None if drawn is None else said(drawn, store))  # fmt: skip
     (batch,) = make_step(store, [0], micro_tokens=10_000, columns=columns).micro
     learner = rollouts.Learner(policy, None)
     value, _ = objective.terms(objective.score(learner, batch), batch.table)[term]
     return torch.autograd.grad(value, policy.lm_head.weight)[0].T[:7]
 
 
-def expected(objective, rules, term: str) -> torch.Tensor:
-    """The same in expectation over answers of the policy: all 15 with their probabilities."""
-    chance = T3.logps(T3.policy).exp()
-    return sum(p * slope(objective, rules, [y], [float(r)], term) for p, y, r in zip(chance, T3.sequences, T3.reward, strict=True))
+def expected(objective, rules, term: str, drawn=None) -> torch.Tensor:
+    """The same in expectation over answers of the policy, or of another sampler: all 15 with their probabilities."""
+    chance = T3.logps(T3.policy if drawn is None else drawn).exp()
+    return sum(p * slope(objective, rules, [y], [float(r)], term, drawn) for p, y, r in zip(chance, T3.sequences, T3.reward, strict=True))
 
 
 def exact(value) -> torch.Tensor:
@@ -212,6 +220,74 @@ def test_grpos_form_is_close_and_not_equal():
     found = -expected(objective, rules, "policy_avg") - expected(objective, rules, "kl")
     assert cosine(found, TRUE) == pytest.approx(0.99966, abs=1e-5)
     assert float((found - TRUE).abs().max()) == pytest.approx(0.0083, abs=5e-5)
+
+
+WRONG = T3.policy + 0.7 * torch.sin(2.0 * torch.arange(21, dtype=torch.float64)).view(7, 3)
+"""A sampler that is not the policy: .27 nats from it, pi / mu of an answer from .19 to 3.4."""
+
+
+def pairs_expected(rules, drawn) -> torch.Tensor:
+    """RLOO's mean gradient over all pairs of answers that the sampler draws."""
+    objective, chance = rollouts.Surrogate("rloo", whole=True), T3.logps(drawn).exp()
+    found = torch.zeros(7, 3, dtype=torch.float64)
+    for i, first in enumerate(T3.sequences):
+        for j, second in enumerate(T3.sequences[: i + 1]):
+            twice = 1 if i == j else 2
+            rewards = [float(T3.reward[i]), float(T3.reward[j])]
+            found += twice * chance[i] * chance[j] * slope(objective, rules, [first, second], rewards, "policy_avg", drawn) / 2
+    return found
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo", "k2 as a loss"])
+def test_answers_of_a_wrong_sampler_are_counted_right(name):
+    """Whole-answer weights without a cap give the policy's own gradient exactly; without them it is another; a cap lies between."""
+
+    def found(cap: float) -> torch.Tensor:
+        if name == "ppo":
+            return -expected(rollouts.Surrogate("ppo"), replace(TO_GO, cap=cap), "policy_avg", WRONG)
+        if name == "rloo":
+            return -pairs_expected(rollouts.Credit("rloo", cap=cap), WRONG)
+        rules = rollouts.Credit("gae", in_reward=False, whiten=False, cap=cap)
+        return expected(rollouts.Surrogate("x", whole=True, kl="k2", beta=1.0), rules, "kl", WRONG)
+
+    right = exact(kl_of) if name == "k2 as a loss" else TRUE
+    assert torch.allclose(found(1e9), right, atol=1e-12)
+    off = [float((found(cap) - right).norm() / right.norm()) for cap in (0.0, 1.2)]
+    assert off[0] > 0.1 and 0.01 < off[1] < off[0], off
+
+
+def test_the_weights_are_told():
+    store = from_ids([[BOS]], [T3.sequences])
+    _, facts = rollouts.credit(rollouts.Credit("rloo", cap=1.2), source(TableModel.t3_policy()), rollouts.Kept(beta=BETA), store,
+                               T3.reward.numpy(), said(WRONG, store))  # fmt: skip
+    ratio = (T3.logps(T3.policy) - T3.logps(WRONG)).exp().numpy()
+    assert float(facts["sampler/weight"]) == pytest.approx(np.minimum(ratio, 1.2).mean(), rel=1e-12)
+    assert float(facts["sampler/weight_capped"]) == pytest.approx((ratio > 1.2).mean()) and 0 < (ratio > 1.2).mean() < 1
+    _, without = rollouts.credit(rollouts.Credit("rloo"), source(TableModel.t3_policy()), rollouts.Kept(beta=BETA), store,
+                                 T3.reward.numpy(), said(WRONG, store))  # fmt: skip
+    assert not any(name.startswith("sampler/") for name in without)
+
+
+def test_what_the_value_explains():
+    """1 - variance of (rewards to come less value) over that of rewards to come: 0 of a constant, 1 of the rewards to come themselves."""
+    policy, store = TableModel.t3_policy(), from_ids([[BOS]] * 15, [[y] for y in T3.sequences])
+    value = rollouts.Value(policy.config.hidden_size, dtype=torch.float64)
+    rules, given = rollouts.Credit("gae", reference=False, whiten=False), (rollouts.Kept(), store, T3.reward.numpy())
+
+    def explained() -> float:
+        return float(rollouts.credit(rules, source(policy, value=value), *given)[1]["val/explained"])
+
+    assert explained() == 0
+    batch = make_batch(store, range(15))
+    coming = np.concatenate([np.full(int(n), float(r)) for n, r in zip(np.diff(store.start)[store.response >= 0], T3.reward, strict=True)])
+    states = policy.get_decoder()(batch.tokens[None], batch.positions[None], batch.segments).last_hidden_state[0][batch.hidden].numpy()
+    design = np.concatenate([states, np.ones((len(states), 1))], 1)
+    best, *_ = np.linalg.lstsq(design, coming, rcond=None)
+    with torch.no_grad():
+        value.head.weight.copy_(torch.from_numpy(best[:-1])[None])
+        value.head.bias.fill_(best[-1])
+    left = coming - design @ best
+    assert explained() == pytest.approx(1 - left.var() / coming.var(), rel=1e-9) and explained() > 0.4
 
 
 def test_steps_up_the_exact_gradient_reach_the_optimum():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 from test_dpo import lines, same_run
 from transformers import AutoModelForCausalLM
 
-from preftune import checkpoints, engine, grammar, models, rollouts, sampling
-from preftune.batches import make_step
+from preftune import checkpoints, engine, grammar, models, pipeline, rollouts, sampling
+from preftune.batches import make_batch, make_step
 from preftune.config import OnlineDpo, Ppo
 from preftune.errors import DataError, NumericsError, UsageError
 from preftune.exact import BOS, T3, TableModel
+from preftune.readout import hidden_states, scalars, token_scalars
 from preftune.stages import demo, online, ppo
 from preftune.store import from_ids
 
@@ -42,6 +44,9 @@ def world(tmp_path_factory) -> Path:
     (folder / "rewards.py").write_text(REWARDS)
     words = make.WORDS
     (folder / "prompts.txt").write_text("".join(f"{i} {words[i % 15]} {words[i % 7]}\n" for i in range(25)))
+    tuner = models.with_scalar_head(models.prepare(make.model(seed=3)), seed=1)
+    models.save(tuner, make.tokenizer(), folder / "tuner")
+    (folder / "tuner" / models.REWARD).write_text(json.dumps({"shift": 0.4, "scale": 1.6}))
     return folder
 
 
@@ -54,6 +59,7 @@ def common(world: Path, output: Path, reward: str = "thanks") -> dict:
 PPO = {
     "gae": {"k": 2, "kl_target": 1.0, "kl_horizon": 20, "normalise_rewards": True},
     "copy": {"value": "copy", "micro_tokens": 40},
+    "reward": {"value": "reward", "reward": "model:TUNER", "importance_cap": 1.0},
     "rloo": {"advantage": "rloo", "k": 2, "passes": 2, "temperature": 0.8},
     "group": {"advantage": "group", "k": 3, "passes": 2, "eos_penalty": 1.0},
     "lora": {"lora": 4, "passes": 2},
@@ -87,13 +93,14 @@ def test_rounds_hand_out_every_prompt_once_a_pass():
 def test_ppo_begins_at_ratio_1_and_resumes_to_the_bit(name, world, tmp_path):
     per_round = 2 * PPO[name].get("passes", 4)
     options = Ppo(**common(world, tmp_path / "whole") | {"save_every": per_round + 1, "max_steps": 2 * per_round} | PPO[name])
+    options = replace(options, reward=str(options.reward).replace("TUNER", str(world / "tuner")))
     assert ppo.run(options) == 0
     rows = [row for row in lines(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
     firsts = [row for row in rows if "objective/scores" in row]
     assert [row["step"] for row in firsts] == [1, 1 + per_round]
     for row in firsts:
         assert row["val/ratio"] == pytest.approx(1, abs=1e-6) and row["policy/approxkl_avg"] < 1e-10
-        assert row["sampler/gap_max"] < 1e-5
+        assert row["sampler/gap_max"] < 1e-5 and row["sampler/weight"] == pytest.approx(1, abs=1e-4)
     assert firsts[0]["objective/kl"] == pytest.approx(0, abs=1e-6) and abs(firsts[1]["objective/kl"]) > 1e-4
     assert any(row["val/ratio"] != 1 for row in rows)
     assert rows[-1]["step"] == len(rows)
@@ -106,6 +113,50 @@ def test_ppo_begins_at_ratio_1_and_resumes_to_the_bit(name, world, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "half")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")  # without a value model
     assert {n for n, _ in plain.named_parameters()} == {n for n, _ in make.model().named_parameters()}
+
+
+def test_the_value_model_begins_as_the_reward_model(world, tmp_path):
+    """At every prefix of the first round what the reward model's own head says there, normalised as its scores are; then it learns."""
+    spec = f"model:{world / 'tuner'}"
+    options = Ppo(**common(world, tmp_path / "run") | {"reward": spec, "value": "reward", "k": 2})
+    setup = pipeline.prepare(ppo.TASK, options)
+    learner = setup.learner
+    prompts = [setup.store.tokens[setup.store.start[s] : setup.store.start[s + 1]].tolist() for s in setup.store.record_start[:3]]
+    store = from_ids(prompts, [[[5, 6, 7, 257], [8, 9]], [[10, 11], [12]], [[13, 14], [15, 16, 257]]])
+    batch = make_batch(store, range(3))
+    tuner, _, facts = models.load_reward(str(world / "tuner"))
+    with torch.no_grad():
+        own = token_scalars(tuner, hidden_states(tuner, batch), batch)
+        found = rollouts.values_of(learner.value, hidden_states(learner.policy, batch), batch)
+        last = scalars(tuner, hidden_states(tuner, batch), batch)
+    assert found.numpy() == pytest.approx(((own - facts["shift"]) / facts["scale"]).numpy(), abs=1e-5) and found.std() > 0.1
+    whole = setup.reward.rollouts(store, setup.codec, [setup.texts(r) for r in range(3)])
+    assert whole == pytest.approx(((last - facts["shift"]) / facts["scale"]).numpy(), abs=1e-5), "in the unit of the reward"
+    trained = {name for name, _ in learner.value.named_parameters() if not name.startswith("head")}
+    assert trained and all(p.requires_grad for p in learner.parameters())
+    assert learner.value.decoder.embed_tokens.weight.data_ptr() != setup.reward.members[0].model.model.embed_tokens.weight.data_ptr()
+    assert setup.manifest["memory"]["held"] > 2.5 * 4 * models.parameters_of(setup.model), "policy, reference and value model"
+
+
+def test_a_reward_that_no_value_model_can_begin_as_is_refused(world, tmp_path):
+    options = Ppo(**common(world, tmp_path / "run") | {"value": "reward"})
+    tuner, other = world / "tuner", tmp_path / "other"
+    shutil.copytree(tuner, other)
+    make.tokenizer(bos=False).save_pretrained(other)
+    (tmp_path / "several").mkdir()
+    for name in ("member-1", "member-2"):
+        shutil.copytree(tuner, tmp_path / "several" / name)
+    (tmp_path / "several" / "ensemble.json").write_text(json.dumps({"members": ["member-1", "member-2"]}))
+    refused = {options.reward: "is no reward model", f"model:{tmp_path / 'several'}@mean": "ensemble of 2, .*name a member",
+               f"model:{other}": "does not read the policy's ids"}  # fmt: skip
+    for spec, says in refused.items():
+        with pytest.raises(UsageError, match=f"--value reward: .*{says}.*--value head or copy"):
+            ppo.run(replace(options, reward=spec))
+    with pytest.raises(UsageError, match="has 16 positions, and a prompt with its answer may have"):
+        narrow = models.with_scalar_head(models.prepare(make.model(max_position_embeddings=16)), seed=0)
+        models.save(narrow, make.tokenizer(), other)
+        ppo.run(replace(options, reward=f"model:{other}"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ONLINE)

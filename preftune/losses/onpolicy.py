@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .pairs import _row
 
-__all__ = ["adaptive_kl", "clipped_policy", "clipped_value", "gae", "group", "k1", "k2", "k3", "kl_in_reward", "rloo", "whiten"]
+__all__ = ["adaptive_kl", "clipped_policy", "clipped_value", "gae", "group", "k1", "k2", "k3", "kl_in_reward", "rloo", "truncated",
+           "whiten"]  # fmt: skip
 
 EPSILON = 1e-8  # below a variance, so that equal values whiten to 0 and not to NaN
 SHOWN = torch.tensor([[True, True, True], [True, True, False]])
@@ -97,6 +98,19 @@ def group(reward: Tensor) -> Tensor:
     tensor([[-0.7559, -0.3780,  1.1339]], dtype=torch.float64)
     """
     return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+
+
+def truncated(log_ratio: Tensor, *, cap: float) -> Tensor:
+    """min(pi_old / mu, cap): the weight of an answer that mu drew in the place of pi_old, log_ratio = log pi_old(y) - log mu(y).  Truncated
+    importance sampling (E. Ionides, 2008). Same shape.
+
+    Of whole answers and without a cap the weighted gradient is exactly that of answers of pi_old; a cap bounds its variance, at the price
+    of counting less what mu says too seldom.
+
+    >>> truncated(MOVED, cap=1.5)
+    tensor([1.5000, 1.0000, 0.3679], dtype=torch.float64)
+    """
+    return log_ratio.exp().clamp(max=cap)
 
 
 def clipped_policy(log_ratio: Tensor, advantage: Tensor, *, clip: float) -> Tensor:

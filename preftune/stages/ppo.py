@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from .. import pipeline, rollouts
+import numpy as np
+
+from .. import models, pipeline, rollouts
 from ..config import Ppo, kl_place
-from ..readout import Learner, with_value
+from ..errors import UsageError
+from ..readout import Learner, Value, packs, with_value
 from ..records import Record
+from ..rewards import same_ids
 
 ANSWERS = {"gae": 1, "rloo": 4, "group": 4}  # per prompt, where --k does not say
 
@@ -35,8 +39,36 @@ def select(record: Record, options: Ppo) -> Record:
 
 
 def learner(setup: pipeline.Setup, options: Ppo) -> Learner:
-    """The policy, and with --advantage gae its value model."""
-    return with_value(setup.model, options.value, device=setup.device) if options.advantage == "gae" else Learner(setup.model, None)
+    """The policy, and with --advantage gae its value model. Raises UsageError for a reward that no value model can begin as."""
+    if options.advantage != "gae":
+        return Learner(setup.model, None)
+    if options.value == "reward":
+        return Learner(setup.model, as_reward(setup, options).to(setup.device))
+    return with_value(setup.model, options.value, device=setup.device)
+
+
+def as_reward(setup: pipeline.Setup, options: Ppo) -> Value:
+    """A value model that begins as the reward model. Raises UsageError where that is not one model which reads the policy's ids."""
+    assert setup.reward is not None, "ppo has one"
+    first, *others = setup.reward.members
+    size = np.diff(setup.store.start)[setup.store.record_start[setup.train]]
+    longest, why = int(size.max()) + options.sample_tokens, ""
+    if others:
+        why = f"is an ensemble of {len(others) + 1}, and a value model is one model: name a member, such as model:FOLDER/member-1"
+    elif first.model is None or first.codec is None:
+        why = "is no reward model"
+    elif not same_ids(first.codec, setup.codec):
+        why = "does not read the policy's ids: its tokeniser, template or BOS is another"
+    elif packs(setup.model) and not packs(first.model):
+        why = "cannot read a prompt once for its answers, as the policy does"
+    elif first.window and longest > first.window:
+        why = f"has {first.window} positions, and a prompt with its answer may have {longest} tokens"
+    if why:
+        raise UsageError(f"--value reward: {options.reward} {why}; --value head or copy asks for nothing")
+    value = Value.begun(first.model, shift=first.shift, scale=first.scale)
+    if options.gradient_checkpointing:
+        models.checkpoint_layers(value.decoder)
+    return value
 
 
 def make(options: Ppo) -> rollouts.Make:
@@ -44,7 +76,7 @@ def make(options: Ppo) -> rollouts.Make:
     credit = rollouts.Credit(
         options.advantage, in_reward=kl_place(options) == "reward", reference=options.beta > 0, target=options.kl_target,
         horizon=options.kl_horizon, normalise=options.normalise_rewards, whiten=options.whiten, discount=options.discount,
-        lam=options.lam)  # fmt: skip
+        lam=options.lam, cap=options.importance_cap)  # fmt: skip
     return partial(rollouts.credited, credit)
 
 
