@@ -3,8 +3,8 @@
     python bench/values.py [SEEDS]   # some minutes on one core; writes bench/results/values.txt
 
 The demo's grammar: a model from scratch, a reward model of its size trained on judged samples, PPO against it with each start and seed. By
-round: the share of the variance of rewards to come that the values explain (`val/explained`), and the reward model's score; at the end the hidden
-judge's reward and the KL on held-out prompts.
+round: the share of the variance of rewards to come that the values explain (`val/explained`), and the reward model's score; at the
+end the hidden judge's reward and the KL on held-out prompts.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def main() -> None:
             for seed in range(seeds):
                 run = folder / f"{start}-{seed}"
                 ppo.run(Ppo(**common, output=str(run), reward=f"model:{folder / 'reward'}",
-                            eval_reward=f"python:{folder / 'judge.py'}:judge", value=start, seed=seed, beta=BETA, lr=1e-3, batch_size=32, rollout_prompts=64, passes=2, epochs=6,
-                            sample_tokens=40, eval_prompts=len(held), eval_samples=8, eval_every=1000, save_every=1000))  # fmt: skip
+                            eval_reward=f"python:{folder / 'judge.py'}:judge", value=start, seed=seed, beta=BETA, lr=1e-3,
+                            batch_size=32, rollout_prompts=64, passes=2, epochs=6, sample_tokens=40, eval_prompts=len(held),
+                            eval_samples=8, eval_every=1000, save_every=1000))  # fmt: skip
                 rounds = [row for row in read_jsonl(run / "metrics.jsonl") if "val/explained" in row]
                 told = read_json(run / "results.json")["after"]
                 table = {of: [np.mean([row[of] for row in rounds[a - 1 : b]]) for a, b in SPANS]

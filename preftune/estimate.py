@@ -29,7 +29,18 @@ from .attention import blocks
 from .batches import Batch, Order, make_batch, split, tokens_of
 from .errors import OutOfMemoryError
 from .files import free_memory, size_text
-from .readout import Learner, as_reference, hidden_states, packs, prefix_kl, scalars, scores, token_logps, values_of, vocabulary_of
+from .readout import (
+    Learner,
+    as_reference,
+    hidden_states,
+    packs,
+    prefix_kl,
+    scalars,
+    scores,
+    token_logps,
+    values_of,
+    vocabulary_of,
+)
 from .store import Store, from_ids
 
 MOMENTS = {"adamw": 8.0, "rmsprop": 4.0, "adamw-8bit": 2.1}  # bytes of a trained weight
