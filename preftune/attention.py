@@ -175,6 +175,8 @@ def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} needs attention soft-capping or sinks, which packed attention does not offer")
     if segments is None:
+        if query.shape[2] == 1 and query.device.type == "cpu" and not dropout:
+            return one_token(query, key, value, attention_mask, scaling).transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if segments.seen is not None:
         segments.seen.append(int(getattr(module, "layer_idx", -1)))
@@ -182,6 +184,24 @@ def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value
     if isinstance(plan, tuple):
         return merged(query, key, value, plan, scaling).contiguous(), None
     return masked(query, key, value, plan, scaling), None
+
+
+def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Attention of a single new token as two matrix products: what generation does at every step. On a CPU torch's kernel takes 4 to 18
+    times as long for it in bf16, and copies the keys of grouped heads.
+
+    Args:
+        query: (B, H, 1, d). key, value: (B, H_kv, T, d). mask: (B or 1, 1, 1, T), True where seen or added to the scores, or None.
+
+    Returns:
+        (B, H, 1, d)
+    """
+    rows, heads, _, size = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.view(rows, key.shape[1], -1, size) @ key.transpose(-1, -2)).to(wide) * (size**-0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1).to(value.dtype) @ value).view(rows, heads, 1, size)
 
 
 def masked(

@@ -113,6 +113,22 @@ def test_the_plan_is_blocks_where_they_save_work():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("mask", [None, "seen", "added"])
+def test_one_token_is_the_kernel_s_attention(dtype, groups, mask):
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(3, 4, 1, 8, dtype=dtype), torch.randn(2, 3, groups, 5, 8, dtype=dtype)
+    seen = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()[:, None, None]
+    given = {None: None, "seen": seen, "added": torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)}[mask]
+    wanted = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)), attn_mask=given if mask == "seen" or mask is None
+                                            else given.double(), scale=0.7, enable_gqa=True)  # fmt: skip
+    found = attention.one_token(query, key, value, given, 0.7)
+    assert found.dtype == dtype and torch.allclose(found.double(), wanted, atol=DTYPES[dtype])
+    through, _ = attention.segment_attention(torch.nn.Identity(), query, key, value, given, scaling=0.7)
+    assert torch.equal(through, found.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 29, 30, 1000])
 def test_the_linear_head_equals_autograd(dtype, bias, size):
