@@ -146,8 +146,8 @@ class Step:
 
     Args:
         micro: the batches. records: the store's records in it. totals: denominators by name: 'records', 'pairs', 'verdicts',
-            'lists' and 'orders', the lists that compare (sums of weights), 'scored' (pairs), 'values', 'draws' and 'grades' (responses),
-            'responses', 'tokens' (targets).
+            'lists' and 'orders', the lists that compare (sums of weights), 'scored' (pairs), 'values', 'draws', 'grades',
+            'classes' (responses), 'responses', 'tokens' (targets).
         again: tokens a pass -> the same step in smaller passes, where it is known.
         facts: what was known of the step before it was taken, for its line of metrics.
     """
@@ -370,7 +370,8 @@ def totals_of(batches: Sequence[Batch], records: int) -> dict[str, float]:
             "orders": float(sum(b.table.list_weight[b.table.compares].sum() for b in batches)),
             "scored": float(sum(len(b.table.scored) for b in batches)), "values": float(sum(len(b.table.valued) for b in batches)),
             "draws": float(sum(b.table.drawn.sum() for b in batches)),
-            "grades": float(sum((~b.table.score.isnan()).sum() for b in batches)), "responses": float(sum(b.responses for b in batches)),
+            "grades": (graded := float(sum((~b.table.score.isnan()).sum() for b in batches))), "classes": graded,
+            "responses": float(sum(b.responses for b in batches)),
             "tokens": float(sum(len(b.target) for b in batches))}  # fmt: skip
 
 

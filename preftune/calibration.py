@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from .certainty import share_of
+from .certainty import calibration, share_of
 
-BINS = 10
 GROUPS = 20  # of a column that are told apart; the rest is one
 
 
@@ -75,24 +74,6 @@ def ceiling(pairs: Pairs, *, votes: bool = True) -> dict[str, Any] | None:
             "from": "repeated judgements"}  # fmt: skip
 
 
-def reliability(predicted: np.ndarray, agrees: np.ndarray, record: np.ndarray, *, bins: int = BINS) -> dict[str, Any]:
-    """Is what is predicted with 80% so in 80% of the cases? Groups of equal size in the order of the prediction.
-
-    Args:
-        predicted: (n,) probabilities. agrees: (n,) what came of it, in [0, 1]. record: (n,) what shares a prompt, for the intervals.
-
-    Returns:
-        'bins': rows of predicted, observed, low, high (95%), count; 'ece': the mean over all of |observed - predicted| of its group.
-    """
-    rows, wrong = [], 0.0
-    for mine in np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted))):
-        observed, low, high = share_of(agrees[mine], record[mine])
-        mean = float(predicted[mine].mean())
-        rows.append({"predicted": mean, "observed": observed, "low": low, "high": high, "count": len(mine)})
-        wrong += abs(observed - mean) * len(mine)
-    return {"bins": rows, "ece": wrong / len(predicted)}
-
-
 def groups(agrees: np.ndarray, record: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """Agreement in each group of pairs with its 95% interval, the largest first; what comes after GROUPS of them is one group."""
     found, number, count = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True, return_counts=True)
@@ -120,7 +101,6 @@ def by_length(pairs: Pairs) -> list[dict[str, Any]]:
 def told(pairs: Pairs, names: Sequence[str] | None = None, *, votes: bool = True) -> dict[str, Any]:
     """Everything at once: agreement with its interval, ceiling, calibration of sigmoid(gap), by length and, with names, by group."""
     share, low, high = share_of(pairs.agreement, pairs.record)
-    sure = 1 / (1 + np.exp(-np.abs(pairs.gap)))  # of the order that the scores say: which side was written first is no matter
     return {"pairs": len(pairs.gap), "agreement": share, "low": low, "high": high, "ceiling": ceiling(pairs, votes=votes),
-            "calibration": reliability(sure, pairs.agreement, pairs.record), "by_length": by_length(pairs),
+            "calibration": asdict(calibration(pairs.gap, pairs.prob, pairs.record)), "by_length": by_length(pairs),
             "by_group": groups(pairs.agreement, pairs.record, names) if names is not None else []}  # fmt: skip

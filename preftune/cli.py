@@ -253,6 +253,7 @@ def verb_help(name: str, *, everything: bool = False) -> str:
 
 
 KINDS = {"pairs": "pairs", "verdicts": "unpaired verdicts", "lists": "rankings", "orders": "rankings", "grades": "scores of single answers",
+         "classes": "classes of single answers",
          "scored": "scores", "values": "scores of samples", "draws": "samples of the reference"}  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def losses_help() -> str:
     lines += ["r = what a reward model says of a response: there a is r, and beta 1", ""]
     for name, facts in loss_facts().items():
         flags = "  ".join(f"--loss.{argument.replace('_', '-')} {default:g}" for argument, default in facts.arguments.items())
-        judged = facts.kind not in ("scored", "values", "draws", "grades")
+        judged = facts.kind not in ("scored", "values", "draws", "grades", "classes")
         labels = {"swap": "soft labels", "ignore": "", "refuse": "hard labels only" if judged else ""}[facts.soft]
         reader = {"no": "", "too": "reward models too", "only": "reward models only"}[facts.scalar]
         free = facts.reference == "none" and facts.scalar != "only"

@@ -271,8 +271,9 @@ class Reward(Fitting):
     """Train a reward model: a score for every answer, from preferences, labels or scores. It rewards other verbs: model:RUN."""
 
     EXAMPLE = "preftune reward --model MODEL --data pairs.jsonl --output runs/reward"
-    target: str = option("preferences", "what it learns from: preferences (judgements), labels (answers that are good or bad), or scores (of single answers)", choices=("preferences", "labels", "scores"))
-    loss: str | None = option(None, "a loss, or a weighted sum such as bradley-terry+0.01*centre; 'preftune reward --help-losses' lists them. Default: bradley-terry; of labels binary, of scores grades")
+    target: str = option("preferences", "what it learns from: preferences (judgements), labels (answers, or their steps, that are good or bad), scores (of single answers), or classes (labels that name one)", choices=("preferences", "labels", "scores", "classes"))
+    classes: list[str] = option([], "the classes of --target classes; the last is the wanted one, whose log-odds are the score", shows="NAME")
+    loss: str | None = option(None, "a loss, or a weighted sum such as bradley-terry+0.01*centre; 'preftune reward --help-losses' lists them. Default: bradley-terry; of labels binary, of scores grades, of classes nominal")
     members: int = option(1, "train an ensemble: each member with a head, an order and a resample of the prompts of its own", low=1)
     loss_arguments: dict[str, float] = option({}, "arguments of the loss, such as --loss.margin 0.5; an argument that it does not take is an error", group="training")
     label_smoothing: float = option(0.0, "e: labels become (1-e) p + e (1-p)", group="training", low=0, high=0.5, open_high=True)
@@ -818,7 +819,8 @@ def loss_terms(options: Losses | Evaluate, labels: Mapping[str, str] | None = No
 
 
 # What a reward model learns from -> the loss by default, and the kinds of losses that read it.
-TARGETS = {"preferences": ("bradley-terry", ("pairs", "lists", "orders")), "labels": ("binary", ("verdicts",)), "scores": ("grades", ("grades",))}
+TARGETS = {"preferences": ("bradley-terry", ("pairs", "lists", "orders")), "labels": ("binary", ("verdicts",)), "scores": ("grades", ("grades",)),
+           "classes": ("nominal", ("classes",))}  # fmt: skip
 
 
 def scored_terms(options: Reward, labels: Mapping[str, str] | None = None) -> list[tuple[float, str, dict[str, float]]]:
@@ -1019,6 +1021,8 @@ CONTRADICTIONS: tuple[tuple[tuple[type[Options], ...], str, Callable[[Any], bool
     ((Reward,), "average", lambda o: o.members == 1, "has no effect without --members N"),
     ((Reward,), "member", lambda o: o.members > 1, "is one member, and --members makes all of them: give one of the two"),
     ((Reward,), "from_scores", lambda o: o.target != "preferences", "has no effect: --target labels and scores read no judgements"),
+    ((Reward,), "target", lambda o: o.target == "classes" and len(o.classes) < 2, "classes needs --classes, two or more, the wanted one last"),
+    ((Reward,), "classes", lambda o: o.target != "classes", "has no effect without --target classes"),
     ((Reward,), "by", lambda o: o.holdout == 0 and not o.eval_data, "has nothing to evaluate: --holdout is 0 and there is no --eval-data"),
     ((Reward,), "by", lambda o: o.target != "preferences", "is told of pairs: it needs --target preferences"),
     ((Losses,), "reference_alpha", lambda o: o.reference_update != "soft", "has no effect without --reference-update soft"),

@@ -144,10 +144,11 @@ def population_loss(name: str, log_policy: Tensor, problem: Problem, *, pairs: P
     side = Side(log_policy, reference, length, tokens=(log_policy - reference)[:, None], collision=collision, score=score,
                 member=torch.stack([score, score], 1),
                 kl=(reference.exp() * (reference - log_policy)).sum().expand(len(length)),
-                value=torch.full_like(length, soft_value(problem, beta=(defaults(name) | arguments).get("beta", 1.0))))  # fmt: skip
+                value=torch.full_like(length, soft_value(problem, beta=(defaults(name) | arguments).get("beta", 1.0))),
+                classes=torch.stack([torch.zeros_like(log_policy), -log_policy, log_policy], 1))  # fmt: skip
     if loss.kind == "scored":
         return (weight * loss.function(side[i], side[j], **arguments)).sum() / weight.sum()
-    if loss.kind == "grades":
+    if loss.kind in ("grades", "classes"):
         return (reference.exp() * loss.function(side, **arguments)).sum()
     if loss.kind == "pairs":
         drawn = replace(loss, soft="swap")  # P_ij is how often i is said to win: labels themselves are hard

@@ -335,12 +335,12 @@ def longest(options: Training, window: int | None, *, prompts: bool) -> int | No
 
 
 def encode_records(taken: Taken, plan: Plan, codec: Codec, options: Training, *, window: int | None, mismatched: bool,
-                   folder: Path, members: bool = False, weights: str | None = None,
+                   folder: Path, members: bool = False, weights: str | None = None, nested: bool = False,
                    prompts: bool = False) -> tuple[Store, Intake]:  # fmt: skip
     """The store, or DataError where too much had to be left out."""
     limit = longest(options, window, prompts=prompts)
     store, intake = build(plan.records(taken.shelf), codec, max_length=limit, mismatched=mismatched, folder=folder,
-                          members=members, weights=weights)  # fmt: skip
+                          members=members, weights=weights, nested=nested)  # fmt: skip
     reasons = ", ".join(f"{n} {reason}" for reason, n in intake.dropped.most_common())
     if not len(store):
         need = f"; the shortest record needs {min(intake.lengths)} tokens" if intake.lengths else ""

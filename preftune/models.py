@@ -288,8 +288,8 @@ def _scores(spec: dict[str, Any]) -> bool:
     return any(str(kind).endswith("ForSequenceClassification") for kind in (kinds if isinstance(kinds, list) else ()))
 
 
-def with_scalar_head(model: Any, *, seed: int | Sequence[int]) -> nn.Module:
-    """The decoder of a causal LM under a new linear head with one output, N(0, 1/sqrt(d + 1)): transformers' own class for it.
+def with_scalar_head(model: Any, *, seed: int | Sequence[int], classes: Sequence[str] = ()) -> nn.Module:
+    """The decoder of a causal LM under a new linear head with one output, or one a class, N(0, 1/sqrt(d + 1)): transformers' own class.
 
     The decoder is taken over, not copied. Padding is unset where it is the end token: transformers looks for the last token that is no
     padding, and would read an answer that ends before its end.
@@ -302,15 +302,17 @@ def with_scalar_head(model: Any, *, seed: int | Sequence[int]) -> nn.Module:
         raise ModelError(f"transformers has no scalar head for {type(model).__name__} ({model.config.model_type!r}), so no other program "
                          "could load the reward model; take another architecture")  # fmt: skip
     config = copy.deepcopy(model.config)
-    config.num_labels = 1
+    config.num_labels = len(classes) or 1
+    if classes:
+        config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.pad_token_id = None if config.pad_token_id in ends else config.pad_token_id
     with torch.device("meta"):
         out = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind](config)
     setattr(out, out.base_model_prefix, model.base_model)
     like, size = next(model.parameters()), out.score.in_features
-    draws = torch.from_numpy(np.random.default_rng(seed).normal(0, 1 / math.sqrt(size + 1), (1, size)))
-    out.score = nn.Linear(size, 1, bias=False, device=like.device, dtype=like.dtype)
+    draws = torch.from_numpy(np.random.default_rng(seed).normal(0, 1 / math.sqrt(size + 1), (config.num_labels, size)))
+    out.score = nn.Linear(size, config.num_labels, bias=False, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         out.score.weight.copy_(draws)
     return prepare(out)
@@ -320,7 +322,7 @@ def load_reward(name: str, *, dtype: str = "fp32", device: str = "cpu", offline:
     """A reward model, its tokeniser, and what reward.json says of it ({} for a model of another program).
 
     Args:
-        name: a folder that holds a sequence classifier with one label, the run folder of one, or a hub name.
+        name: a folder with a sequence classifier of one label (or as many as reward.json names classes), the run folder of one, a hub name.
 
     Raises:
         ModelError: as `load`; a language model, an adapter, a head of several outputs, or a reward.json that is not ours.
@@ -331,12 +333,14 @@ def load_reward(name: str, *, dtype: str = "fp32", device: str = "cpu", offline:
     if not _scores(_check_folder(folder)):
         raise ModelError(f"{name}: no reward model (a sequence classifier with one label); 'preftune reward' trains one")
     model, tokenizer = _read(AutoModelForSequenceClassification, folder, name, dtype, "a reward model")
-    if model.config.num_labels != 1 or not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ModelError(f"{name}: {type(model).__name__} with {model.config.num_labels} outputs; expected one linear head with one output")
     facts = _json(folder / REWARD) if (folder / REWARD).is_file() else {}
     known = isinstance(facts, dict) and all(isinstance(facts.get(k, 0.0), (int, float)) for k in ("shift", "scale"))
     if not known or not facts.get("scale", 1.0) > 0 or not math.isfinite(facts.get("shift", 0.0)):
         raise ModelError(f"{folder / REWARD}: expected an object with numbers 'shift' and 'scale', the latter above 0")
+    outputs = len(facts.get("classes") or [0])
+    if model.config.num_labels != outputs or not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ModelError(f"{name}: {type(model).__name__} with {model.config.num_labels} outputs; expected one linear head with one output"
+                         + (f" for each of the {outputs} classes of {REWARD}" if outputs > 1 else ""))  # fmt: skip
     return prepare(_finite(model, name).to(device)), tokenizer, facts
 
 

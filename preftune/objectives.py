@@ -29,11 +29,12 @@ from .readout import (
     Learner,
     as_reference,
     forward_kl,
+    head_outputs,
     hidden_states,
+    log_odds,
     prompt_values,
     response_rows,
     response_sums,
-    scalars,
     token_collisions,
     token_logps,
 )
@@ -67,7 +68,8 @@ class Objective:
         separable: whether terms are sums over items; otherwise a step of several micro-batches takes two forward passes.
         mismatched: whether the store must carry mismatched responses.
         read: what stands in the column `policy`: 'logps', log pi(y|x); or 'scalar', the score of a reward model, whose reference is 0.
-        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member', 'kl', 'value' (of a `readout.Learner`).
+        needs: which columns beyond the sums are read: 'tokens', 'collision', 'score', 'member', 'kl', 'value' (of a `readout.Learner`),
+            'classes' (of a head of several outputs).
         frozen: for reference='distribution' the frozen model, None where it is the policy with its adapter off (`readout.as_reference`).
         compares: table -> (P, 2) int64, the pairs that `metrics` measures, the better response first.
         partition: betas of the terms whose Z is estimated from samples.
@@ -98,9 +100,11 @@ class Objective:
         model, value = (model.policy, model.value) if isinstance(model, Learner) else (model, None)
         hidden = hidden_states(model, batch)
         if self.read == "scalar":
-            score = scalars(model, hidden, batch)
+            said = head_outputs(model, hidden[batch.last])
+            score = log_odds(said)
             length = response_sums(torch.ones_like(batch.target), batch)
-            return Columns(score, torch.zeros_like(score), length, score=batch.table.score if "score" in self.needs else None)
+            return Columns(score, torch.zeros_like(score), length, score=batch.table.score if "score" in self.needs else None,
+                           classes=said if "classes" in self.needs else None)  # fmt: skip
         logps = token_logps(model, hidden, batch)
         reference = batch.columns["reference"] if self.reference != "none" else None
         return Columns(
@@ -223,11 +227,12 @@ ITEMS: Mapping[str, tuple[Callable[[Columns, Table], tuple], Callable[[Table], T
     "scored": (lambda c, t: (c[t.scored[:, 0]], c[t.scored[:, 1]]), lambda t: torch.ones_like(t.score[t.scored[:, 0]]), lambda t: _gaps(t)),
     "values": (lambda c, t: (c[t.valued], _draws(t)), lambda t: torch.ones_like(t.score[t.valued]), lambda t: [()] * len(t.valued)),
     "draws": (lambda c, t: (c[t.drawn > 0],), lambda t: t.drawn[t.drawn > 0], lambda t: [()] * int(t.drawn.sum())),
-    "grades": (lambda c, t: (c[graded(t)],), lambda t: torch.ones_like(t.score[graded(t)]), lambda t: [()] * len(graded(t))),
+    **dict.fromkeys(("grades", "classes"),
+                    (lambda c, t: (c[graded(t)],), lambda t: torch.ones_like(t.score[graded(t)]), lambda t: [()] * len(graded(t)))),
     **dict.fromkeys(("lists", "orders"),  # orders: a list of one tier is 0, and only their denominators differ
                     (lambda c, t: (c[t.item], _rankings(t)), lambda t: t.list_weight, lambda t: _rankings(t).shapes())),
 }  # fmt: skip
-READS = {"orders": "pairs", "scored": "scores"}  # a list that compares is a list with pairs
+READS = {"orders": "pairs", "scored": "scores", "classes": "grades"}  # a list that compares is a list with pairs
 
 
 def _reads(loss: Loss) -> str:
@@ -359,6 +364,9 @@ def _score_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]
             values = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad, "rewards/accuracies": agrees}
         if kinds & {"lists", "orders"}:
             values["rankings/tau"], values["rankings/exact"] = agreement(score[table.item], _rankings(table))
+        if columns.classes is not None:
+            rows = graded(table)
+            values["classes/accuracies"] = (columns.classes[rows].argmax(1) == table.score[rows]).double()
         if "verdicts" in kinds:
             mine = score[table.verdict]
             values |= {"rewards/desirable": mine[table.verdict_good], "rewards/undesirable": mine[~table.verdict_good],

@@ -244,9 +244,9 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     window = models.window_of(model.config)
     base = models.weights_fingerprint(str(options.model), offline=options.offline)
     plan = intake.merge_prompts(taken, codec, intake.longest(options, window, prompts=task.prompts))
-    facts["merged"] = len(taken.shelf) - len(plan.stands)
     store, found_in = intake.encode_records(taken, plan, codec, options, window=window, mismatched=objective.mismatched, folder=work,
-                                            members="member" in objective.needs, weights=base, prompts=task.prompts)  # fmt: skip
+                                            members="member" in objective.needs, weights=base, prompts=task.prompts,
+                                            nested=objective.reads in ("verdicts", "grades") and objective.read == "scalar")  # fmt: skip
     chosen = np.array(found_in.kept)
     kept = plan.stands[chosen]  # the shelf's record of each of the store's
     held = intake.split_by_prompt(taken.prompt[kept], options.holdout, options.seed) if plan.first < 0 else chosen >= plan.first
@@ -275,8 +275,8 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     lr, reason = learning_rate(options, objective, size, reward=scores(model))
     store, train = task.resample(store, train, taken.prompt[kept][train], own)
     order = _order(task, own, len(train), fresh=fresh)
-    facts |= {"kept": len(store), "train": len(train), "held_out": int((held & usable).sum()), "dropped": dict(found_in.dropped),
-              "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}  # fmt: skip
+    facts |= {"merged": len(taken.shelf) - len(plan.stands), "kept": len(store), "train": len(train), "dropped": dict(found_in.dropped),
+              "held_out": int((held & usable).sum()), "encoding": dict(found_in.cases), "refused": [str(e) for e in found_in.refused[:100]]}
     files, data = data_files(options)
     intake.unchanged(taken, (*options.data, *options.eval_data))
     for name, by in (("eval_reward", scoring), ("eval_truth", truth)):
@@ -764,13 +764,17 @@ def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -
     after, lines = results["after"], []
     if "eval/rewards/accuracies" in after:
         lines.append(f"accuracy      {with_interval(after)} on {after['eval/pairs']} held-out pairs")
+    elif "classed" in (told := results.get("reward", {})):
+        ends = "" if told["low"] is None else f" [{told['low']:.3f}, {told['high']:.3f}]"
+        lines.append(f"accuracy      {told['accuracy']:.3f}{ends} of {told['classed']} held-out classes")
     elif "eval/loss" in after:
         lines.append(f"loss          {results['before']['eval/loss']:.4f} -> {after['eval/loss']:.4f}, held out")
     if most := results.get("reward", {}).get("ceiling"):
         lines.append(f"ceiling       {span(most['low'], most['high'])}: the most that agreement with these labels can be "
                      f"({most['from']} of {most['pairs']} pairs)")  # fmt: skip
     if "calibration" in results.get("reward", {}):
-        lines.append(f"calibration   ECE {results['reward']['calibration']['ece']:.3f} of sigmoid(r_w - r_l)")
+        sure = results["reward"]["calibration"]
+        lines.append(f"calibration   ECE {sure['ece']:.3f}, {sure['chance']:.3f} by chance")
     if "kl_sequence_rb" in after:
         lines.append(f"KL            {with_error(after, 'kl_sequence_rb', 2)} nats a response "
                      f"({after['kl_token_rb']:.3f} a token), on fresh samples")  # fmt: skip

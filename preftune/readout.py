@@ -185,21 +185,27 @@ def scalar_head(module: Any) -> torch.nn.Linear:
     return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
 
 
-def _scalars(module: Any, states: Tensor) -> Tensor:
-    """(n, D) -> (n,) float64. The map is taken in fp32 at least: eight bits of a reward would tie answers that differ."""
+def head_outputs(module: Any, states: Tensor) -> Tensor:
+    """(n, D) -> (n, C) float64: what the head says, C = 1 or classes. The map is taken in fp32 at least: eight bits of a reward would tie
+    answers that differ."""
     head = scalar_head(module)
     bias = None if head.bias is None else _wide(head.bias)
-    return F.linear(_wide(states), _wide(head.weight), bias)[:, 0].double()
+    return F.linear(_wide(states), _wide(head.weight), bias).double()
+
+
+def log_odds(said: Tensor) -> Tensor:
+    """(n, C) -> (n,): the one output itself; of several the log-odds of the last class against all others."""
+    return said[:, 0] if said.shape[1] == 1 else said[:, -1] - said[:, :-1].logsumexp(1)
 
 
 def scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """What the scalar head says at the last token of each response, (R,) float64. By position: no token is searched for."""
-    return _scalars(module, hidden[batch.last])
+    return log_odds(head_outputs(module, hidden[batch.last]))
 
 
 def token_scalars(module: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """What the scalar head says at the prefix of every target, before it is taken, (N,) float64: a value function."""
-    return _scalars(module, hidden[batch.hidden])
+    return log_odds(head_outputs(module, hidden[batch.hidden]))
 
 
 class Value(nn.Module):

@@ -75,7 +75,7 @@ class Record:
         prompt: text, or messages (system, user and earlier assistant turns).
         responses: at least one.
         judgements: comparisons; several may stand and contradict each other.
-        labels: one verdict per response (True desirable), for unpaired data; None where a response has none.
+        labels: one verdict per response, for unpaired data: True (desirable), False, or the name of a class; None where there is none.
         id: the data's own name for it, or ''.
         meta: unknown columns, as given.
         where: 'file:line' for messages, or ''.
@@ -84,7 +84,7 @@ class Record:
     prompt: Text
     responses: tuple[Response, ...]
     judgements: tuple[Judgement, ...] = ()
-    labels: tuple[bool | None, ...] | None = None
+    labels: tuple[bool | str | None, ...] | None = None
     id: str = ""
     meta: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     where: str = ""
@@ -128,13 +128,13 @@ def rankings(record: Record) -> Iterator[Judgement]:
 
 
 def verdicts(record: Record) -> Iterator[tuple[int, bool, float]]:
-    """(response, desirable, weight): the unpaired view. Labels if there are any, else both sides of every pair.
+    """(response, desirable, weight): the unpaired view. Labels if there are any (no names of classes), else both sides of every pair.
 
     A pair with P(chosen preferred) < 1 counts as P votes for and 1 - P against, as it does in pair losses.
     """
     if record.labels is not None:
         for index, label in enumerate(record.labels):
-            if label is not None:
+            if isinstance(label, bool):
                 yield index, label, 1.0
         return
     for pair in pairs(record):
@@ -186,7 +186,7 @@ def judge_by_scores(record: Record, how: str) -> Record:
 def _merged(group: list[Record]) -> Record:
     """One record of several with the same prompt. See `merge`."""
     responses: list[Response] = []
-    labels: list[bool | None] = []
+    labels: list[bool | str | None] = []
     judgements: list[Judgement] = []
     known: dict[tuple[Text, bool | None], list[int]] = {}
     for record in group:

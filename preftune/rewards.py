@@ -32,7 +32,7 @@ from .batches import make_batch, split
 from .config import Dpo, load_yaml, loss_terms
 from .errors import DataError, NumericsError, UsageError, nearest
 from .files import fingerprint, read_json, sha256_file
-from .readout import hidden_states, packs, response_sums, scalars, token_logps
+from .readout import head_outputs, hidden_states, log_odds, packs, response_sums, token_logps
 from .records import Record, Response, Text, as_text
 from .store import Store, build
 from .tokens import Codec, decode_response, end_ids, make_codec
@@ -419,14 +419,19 @@ CODEC = ("template", "template_name", "bos", "eos", "finish", "control_tokens")
 
 
 def scores_of(model: Any, store: Store, *, micro_tokens: int, device: str,
-              records: Sequence[int] | np.ndarray | None = None) -> np.ndarray:  # fmt: skip
-    """What a reward model says of every response of a store, or of these records of it, in order: (R,) float64, not normalised."""
-    share, out = packs(model), [np.zeros(0)]
+              records: Sequence[int] | np.ndarray | None = None, outputs: bool = False) -> np.ndarray:  # fmt: skip
+    """What a reward model says of every response of a store, or of these records of it, in order: (R,) float64, not normalised.
+
+    Args:
+        outputs: what its head says instead of the one number that is made of it, (R, C).
+    """
+    share, parts = packs(model), []
     with torch.inference_mode():
         for group in split(store, range(len(store)) if records is None else records, micro_tokens, share=share):
             batch = make_batch(store, group, share=share).to(device)
-            out.append(scalars(model, hidden_states(model, batch), batch).cpu().numpy())
-    return np.concatenate(out)
+            said = head_outputs(model, hidden_states(model, batch)[batch.last])
+            parts.append((said if outputs else log_odds(said)).cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _implicit(spec: str, rest: str, loading: dict[str, Any], micro_tokens: int) -> Scorer:

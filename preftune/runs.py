@@ -213,7 +213,7 @@ BY_CONTENT = ("data", "eval_data", "from_scores", "model", "template", "eval_rew
 # Options that no resumed run can change, and why.
 FIXED = dict.fromkeys(("lora", "lora_targets", "adapter", "freeze"), "the checkpoints hold other weights")
 FIXED |= dict.fromkeys(("seed", "holdout"), "prompts that were trained on would be held out")
-FIXED |= dict.fromkeys(("target", "member", "members"), "the records that it trained on would be others")
+FIXED |= dict.fromkeys(("target", "classes", "member", "members"), "the records that it trained on would be others")
 FIXED |= {"optimiser": "the checkpoints hold another optimiser's moments"}
 # Options that no resumed run can switch on or off, whatever else of them may change, and why.
 SWITCHES: dict[str, tuple[Any, str]] = {

@@ -18,7 +18,7 @@ import torch
 from .batches import Batch, make_batch, totals_of
 from .errors import SelfCheckError
 from .objectives import Columns, Objective, total
-from .readout import hidden_states, packs, scalars, token_logps
+from .readout import hidden_states, log_odds, packs, scalars, token_logps
 from .store import Store
 from .tokens import Codec
 
@@ -117,7 +117,7 @@ def check_scores(model: Any, store: Store, records: Sequence[int] | np.ndarray, 
                     if store.response[s] >= 0]  # fmt: skip
         rows = [np.concatenate([store.tokens[store.start[c] : store.start[c + 1]] for c in store.chain(s)]) for s in segments]
         own = [model(input_ids=torch.from_numpy(row.astype(np.int64))[None].to(device), use_cache=False).logits for row in rows]
-    error = float((found - torch.cat(own)[:, 0].double()).abs().max())
+    error = float((found - log_odds(torch.cat(own).double())).abs().max())
     _within("the scores and the model's own forward pass", error, TOLERANCE[dtype] * max(1.0, float(found.abs().max())))
     out = {"score_error": error}
     if objective.start is not None:

@@ -254,7 +254,8 @@ def unfit(records: Iterable[Record], codec: Codec, *, max_length: int | None) ->
 
 
 def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mismatched: bool = False,
-          folder: Path | None = None, members: bool = False, weights: str | None = None) -> tuple[Store, Intake]:  # fmt: skip
+          folder: Path | None = None, members: bool = False, weights: str | None = None,
+          nested: bool = False) -> tuple[Store, Intake]:  # fmt: skip
     """Encode records into a store, one at a time. What cannot be encoded or does not fit is left out, counted by reason and listed.
 
     Args:
@@ -262,6 +263,8 @@ def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mi
         mismatched: give each record one more segment, another record's response after this record's prompt (KTO's baseline).
         folder: keep large arrays there in files without names, mapped into memory. None: in memory.
         members: also keep what an ensemble says of each response. weights: fingerprint of the reference, whose own samples are marked.
+        nested: a response that begins with the whole of an earlier one continues its segment, so that an answer in steps is read once. Only
+            for what is read at the last token of a response: its targets are no longer all of its tokens.
 
     Raises:
         DataError: members of different number.
@@ -273,7 +276,8 @@ def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mi
         for i, (ids, trained) in enumerate(zip(encoded.responses, encoded.trained, strict=True)):
             response = record.responses[i]
             drawn = weights is not None and draw_of(response) == weights
-            segment = columns.segment(ids, trained, root, i, score=response.score, drawn=drawn)
+            above, begin = _continued(encoded.responses[:i], ids) if nested else (-1, 0)
+            segment = columns.segment(ids[begin:], trained[begin:], root + 1 + above, i, score=response.score, drawn=drawn)
             if members:
                 columns.rate(segment, response, record)
         # The first of the records after this one whose response fits: a fixed partner, so that its reference column can be built.
@@ -283,6 +287,13 @@ def build(records: Iterable[Record], codec: Codec, *, max_length: int | None, mi
                 break
         columns.close(record, root)
     return columns.freeze(), intake
+
+
+def _continued(before: Sequence[tuple[int, ...]], ids: tuple[int, ...]) -> tuple[int, int]:
+    """The longest of earlier answers with which these ids begin and then go on, and its length; -1 and 0 where there is none."""
+    found = [(len(one), i) for i, one in enumerate(before) if len(one) < len(ids) and ids[: len(one)] == one]
+    size, index = max(found, default=(0, -1))
+    return index, size
 
 
 def _kept(records: Iterable[Record], codec: Codec, max_length: int | None, intake: Intake) -> Iterator[tuple[Record, Encoded]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from preftune.calibration import Pairs, by_length, ceiling, groups, reliability, told
+from preftune import certainty
+from preftune.calibration import Pairs, by_length, ceiling, groups, told
 
 
 def pairs(gap, prob=None, weight=None, first=None, second=None, record=None, length=None) -> Pairs:
@@ -48,20 +51,6 @@ def test_the_true_ceiling_lies_between_its_bounds():
         assert found["low"] - 0.02 < truth < found["high"] + 0.02 and low < found["high"] - truth < high
 
 
-def test_calibration_by_hand_and_of_an_honest_judge():
-    """Two groups: .6 predicted, half right; .9 predicted, all right: ECE (.1 + .1)/2."""
-    found = reliability(np.array([0.9, 0.6, 0.6, 0.9]), np.array([1, 1, 0, 1.0]), np.arange(4), bins=2)
-    assert found["ece"] == pytest.approx(0.1)
-    assert [(row["predicted"], row["observed"], row["count"]) for row in found["bins"]] == [(0.6, 0.5, 2), (0.9, 1.0, 2)]
-    rng = np.random.default_rng(1)
-    sure = rng.uniform(0.5, 1, 20_000)
-    agrees = (rng.random(20_000) < sure).astype(float)
-    assert reliability(sure, agrees, np.arange(20_000))["ece"] < 0.02
-    bold = reliability(sure**0.5, agrees, np.arange(20_000))
-    assert bold["ece"] == pytest.approx(np.mean(sure**0.5 - sure), abs=0.01)
-    assert all(row["low"] < row["observed"] < row["high"] for row in bold["bins"])
-
-
 def test_by_length_and_by_group():
     agrees = pairs([1, -1, 1, 1, -1, 1, 1, 1, 1, 1], length=[-5, -4, -3, -2, -1, 1, 2, 3, 4, 5])
     rows = by_length(agrees)
@@ -72,3 +61,13 @@ def test_by_length_and_by_group():
     many = groups(np.ones(45), np.arange(45), [str(i % 25) for i in range(45)])
     assert len(many) == 21 and many[-1]["group"] == "5 others" and sum(row["pairs"] for row in many) == 45
     assert told(agrees)["by_group"] == [] and len(told(agrees, list("ab" * 5))["by_group"]) == 2
+
+
+def test_the_calibration_told_is_that_of_its_gaps():
+    """The one of `certainty`, soft labels as they are; which side was written first is no matter."""
+    rng = np.random.default_rng(1)
+    gap = rng.normal(scale=2, size=400)
+    label = (rng.random(400) < 1 / (1 + np.exp(-gap))).astype(float)
+    found = told(pairs(gap, label))["calibration"]
+    assert found == asdict(certainty.calibration(gap, label, np.arange(400))) and found["slope_low"] < 1 < found["slope_high"]
+    assert told(pairs(-gap, 1 - label))["calibration"]["ece"] == pytest.approx(found["ece"])

@@ -222,6 +222,10 @@ OTHER_VERBS: list[tuple[type, str, str]] = [
     (Reward, f"{TRAIN} --average", "--average has no effect without --members N"),
     (Reward, f"{TRAIN} --members 2 --member 1", "--member is one member, and --members makes all of them"),
     (Reward, f"{TRAIN} --target labels --from-scores all", "--from-scores has no effect: --target labels and scores read no judgements"),
+    (Reward, f"{TRAIN} --target classes --classes good", "--target classes needs --classes, two or more, the wanted one last"),
+    (Reward, f"{TRAIN} --target labels --classes bad good", "--classes has no effect without --target classes"),
+    (Dpo, f"{TRAIN} --value copy", "--value has no effect: only --loss value-learned learns a value"),
+    (Dpo, f"{TRAIN} --value-lr 2", "--value-lr has no effect: only --loss value-learned learns a value"),
     (Reward, f"{TRAIN} --by source --holdout 0", "--by has nothing to evaluate"),
     (Reward, f"{TRAIN} --by source --target labels", "--by is told of pairs"),
     (Reward, f"{TRAIN} --publish reward", "--publish reward goes by samples of a policy"),
@@ -598,7 +602,7 @@ def test_losses_read_as_text_are_the_losses_that_run():
         assert facts.formula == loss.function.__doc__.splitlines()[0].strip()
     known = {argument for facts in loss_facts().values() for argument in facts.arguments}
     assert set(LOSS_BOUNDS) <= known
-    targets = {"verdicts": "labels", "grades": "scores"}
+    targets = {"verdicts": "labels", "grades": "scores", "classes": "classes"}
     for name, facts in loss_facts().items():  # the defaults pass our own bounds
         if facts.scalar == "only":
             options = Reward(loss=name, loss_arguments=facts.arguments, target=targets.get(facts.kind, "preferences"))

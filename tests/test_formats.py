@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from preftune import formats
 from preftune.errors import DataError, UsageError
 from preftune.formats import FORMATS, detect, read, to_json
-from preftune.records import Judgement, Message, Record, Response, pairs, verdicts
+from preftune.records import Judgement, Message, Record, Response, pairs, verdicts, verdicts
 
 PAIR = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
 
@@ -375,6 +375,16 @@ def test_better_response_id(tmp_path):
         assert refused({**row, "better_response_id": bad}, tmp_path).startswith("better_response_id: unknown response: ")
 
 
+def test_steps_are_the_beginnings_of_an_answer(tmp_path):
+    row = {"prompt": "2+2=", "completions": ["Two and two", "is four.\n", "Yes."], "labels": [True, None, "vague"], "id": 3}
+    record = one(row, tmp_path)
+    assert [r.text for r in record.responses] == ["Two and two\n", "Two and two\nis four.\n", "Two and two\nis four.\nYes."]
+    assert [r.finished for r in record.responses] == [False, False, None] and record.labels == (True, None, "vague") and record.id == "3"
+    assert one(to_json(record), tmp_path) == record
+    assert refused({**row, "labels": [True]}, tmp_path) == "labels: length 1, expected one for each of the 3 steps"
+    assert refused({**row, "completions": ["a", " ", "b"]}, tmp_path).startswith("completions[1]: only white space")
+
+
 def test_unpaired_labels(tmp_path):
     record = one({"messages": [*ASK, GOOD, AGAIN, BAD], "label": False}, tmp_path)
     assert len(record.prompt) == 4 and record.responses == (Response((assistant("5"),)),)
@@ -385,6 +395,10 @@ def test_unpaired_labels(tmp_path):
     assert refused({"messages": [*ASK, GOOD], "label": 1}, tmp_path) == "label: a number, expected true or false"
     plain = one({"prompt": "2+2=", "completion": " 4", "label": True}, tmp_path)
     assert (plain.prompt, plain.responses, plain.labels) == ("2+2=", (Response(" 4"),), (True,))
+    named = one({"prompt": "2+2=", "completion": " 4", "label": "right"}, tmp_path)
+    assert named.labels == ("right",) and list(verdicts(named)) == [] and list(verdicts(plain)) == [(0, True, 1.0)]
+    for quoted in ("true", "No", " 1 "):
+        assert "expected true or false without quotes" in refused({"prompt": "2+2=", "completion": " 4", "label": quoted}, tmp_path)
     talk = one({"prompt": ASK, "completion": [GOOD], "label": True}, tmp_path)
     assert talk.responses[0].text == (assistant("4"),)
 

@@ -161,6 +161,7 @@ GOLDEN: dict[str, list[tuple[dict[str, float], list[float]]]] = {
     "binary": [({}, [ell(1), ell(1), log(2)])],
     "grades": [({}, [ell(1), ell(-1) - 0.75, log(2)]), ({"low": -1.0, "high": 3.0}, [ell(1) + 0.5, ell(-1) - 0.6875, log(2)])],
     "square": [({}, [0, 1.5625, 0.25])],
+    "nominal": [({}, [log(2), log(5 / 3), log(3)])],
 }  # fmt: skip
 
 
@@ -194,7 +195,8 @@ def short(policy: Tensor, reference: Tensor, length: Tensor) -> Side:
     """A side whose first token is all there is to it; the rest is forced. Its score is its place."""
     score = torch.arange(len(length), dtype=length.dtype)
     return Side(policy, reference, length, tokens=(policy - reference)[:, None], collision=torch.zeros_like(length), score=score,
-                member=torch.stack([score, -score], 1), kl=torch.zeros_like(length), value=torch.zeros_like(length))  # fmt: skip
+                member=torch.stack([score, -score], 1), kl=torch.zeros_like(length), value=torch.zeros_like(length),
+                classes=torch.stack([0 * policy, policy, -policy], 1))  # fmt: skip
 
 
 def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Side, Side]:
@@ -206,7 +208,8 @@ def batch(size: int, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype =
         policy = -length * rng.uniform(1, 4, size=size)
         tokens = np.where(np.arange(40) < length[:, None], spread * rng.normal(size=(size, 40)), 0)
         columns = (policy, policy - tokens.sum(1), length, tokens, -length * rng.uniform(1, 4, size=size), rng.normal(size=size),
-                   rng.normal(size=(size, 3)), rng.uniform(0, 3, size=size), more.normal(size=size))  # fmt: skip
+                   rng.normal(size=(size, 3)), rng.uniform(0, 3, size=size), more.normal(size=size),
+                   np.stack([0 * policy, policy / 9, -policy / 9], 1))  # fmt: skip
         return Side(*(torch.tensor(x, dtype=dtype) for x in columns))
 
     return side(), side()
@@ -227,7 +230,8 @@ def items(name: str, chosen: Side, rejected: Side, **numbers: float) -> Tensor:
         columns = [(getattr(chosen, k), getattr(rejected, k)) for k in ("policy", "reference", "length")]
         both = Side(*(None if one is None else torch.stack([one, other], 1).flatten() for one, other in columns))
         return LOSSES[name].function(both, lists.Rankings(place // 2, place % 2), **numbers)
-    if LOSSES[name].kind == "grades":
+    if LOSSES[name].kind in ("grades", "classes"):
+        chosen = replace(chosen, score=(9 * chosen.score).abs().floor() % 3) if name == "nominal" else chosen
         return LOSSES[name].function(chosen, **numbers)
     desirable = torch.arange(len(chosen.policy)) % 2 == 0
     return LOSSES[name].function(chosen, desirable, torch.tensor(0.3, dtype=chosen.policy.dtype), **numbers)
@@ -247,13 +251,14 @@ def test_the_sweeps_sweep():
 @pytest.mark.parametrize("name", LOSSES)
 def test_line_of_the_table(name):
     loss = LOSSES[name]
-    assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws", "grades"} and loss.source
+    assert loss.kind in {"pairs", "verdicts", "lists", "orders", "scored", "values", "draws", "grades", "classes"} and loss.source
     assert loss.reference in {"none", "token", "distribution"}
-    assert loss.soft in {"swap", "ignore", "refuse"} and {*loss.needs} <= {"tokens", "collision", "score", "member", "kl", "value"}
+    assert loss.soft in {"swap", "ignore", "refuse"}
+    assert {*loss.needs} <= {"tokens", "collision", "score", "member", "kl", "value", "classes"}
     assert loss.scalar in {"no", "too", "only"} and (loss.scalar != "only" or loss.reference == "none")
     data = {"r-dpo": "lengths", "wpo": "the weights", "alpha-dpo": "log pi", "lipo": "the model's own order",
             "value": "rewards of a prompt's samples", "value-quantile": "rewards of a prompt's samples", "value-learned": "rewards"}
-    free = name in {"bradley-terry-margin", "square"} if name in ONLY else loss.reference == "none" or name in data
+    free = name in {"bradley-terry-margin", "square", "nominal"} if name in ONLY else loss.reference == "none" or name in data
     assert (loss.start is None) == free, "policy = reference fixes a value where there is a reference and nothing else is read"
     assert all(isinstance(v, float) for v in arguments(name).values())
     assert not {"temperature", "divisor"} & set(arguments(name)), "beta multiplies the log-ratio; there is no second convention"
@@ -328,6 +333,7 @@ def test_golden(name):
     m = 2, 0, -3 against 2, -2, 0 and, what the members are sure of, t = 2, 0, -2. soft is -ls(m) + (1-s) m. rebel: D - eta d.
     value, value-quantile (`values.WORKED`: a = 1, 0, -2; rewards 0, ln 3 of one prompt, 2 of another): Z = (1 + 3)/2, at beta .5 (1 + 9)/2,
     the other's V is its own reward 2; quantiles .25, .75, .5 less beta ln(beta (e^(1/beta) - 1)). anchor, optimism: -a and a.
+    nominal: odds 1:1:2, 3:1:1, 1:1:1 of the classes 2, 0, 1: 2/4, 3/5, 1/3.
     value-learned (a value model says 1, 0, -1): 0 - 1 - 1, ln 3, 2 + 1 + 2, squared, halved; at beta .5: -1.5, ln 3, 4.
     """
     for numbers, golden in GOLDEN[name]:

@@ -19,12 +19,15 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from preftune import checkpoints, engine, grammar, models, selfcheck
 from preftune.batches import make_step
-from preftune.config import Reward, scored_terms
+from preftune.config import DataCheck, Reward, scored_terms
 from preftune.errors import DataError, ModelError, PreftuneError, SelfCheckError, UsageError
+from preftune.formats import read
 from preftune.losses import LOSSES, Side, arguments, lists, reward
 from preftune.objectives import preference
+from preftune.readout import log_odds
 from preftune.records import Judgement, Record, Response
 from preftune.rewards import scorer
+from preftune.stages import data as data_stage
 from preftune.stages import demo
 from preftune.stages import reward as stage
 from preftune.store import build
@@ -40,7 +43,7 @@ def scored(loss: str, store, *, share: bool = True, micro: int = 10_000, **numbe
     """Loss and gradient of one step over a whole store through the real path."""
     parts = [(weight, name, {k: 1.0 if k == "beta" else numbers.get(k, v) for k, v in arguments(name).items()})
              for weight, name in ((1.0, loss),)]  # fmt: skip
-    net = models.with_scalar_head(models.prepare(make.model()), seed=1).double()
+    net = models.with_scalar_head(models.prepare(make.model()), seed=1, classes=CLASSES if loss == "nominal" else ()).double()
     net.reads_segments = share
     state = engine.make_state(net, rate=lambda step: 0.0, clip=0.0)
     step = make_step(store, range(len(store)), micro_tokens=micro, share=share)
@@ -174,7 +177,7 @@ def test_it_learns_and_writes_what_it_says(options, capsys):
     assert told["agreement"] == 1 and told["ceiling"] is None and len(told["by_length"]) == 5 and told["calibration"]["ece"] < 0.3
     assert len(lines(folder / "held_out.jsonl")) == 12
     page = (folder / "report.html").read_text()
-    assert "What the reward model knows" in page and 'aria-label="Calibration"' in page and "not known" in page
+    assert "What the reward model knows" in page and 'aria-label="Reliability' in page and "not known" in page
     out = capsys.readouterr().out
     assert "accuracy" in out and "calibration   ECE" in out and f"--reward model:{folder}" in out
 
@@ -363,7 +366,7 @@ def test_losses_that_are_refused(change, says, options):
 
 def test_beta_is_one_wherever_a_loss_has_one():
     for name in SCALAR:
-        target = {"verdicts": "labels", "grades": "scores"}.get(LOSSES[name].kind, "preferences")
+        target = {"verdicts": "labels", "grades": "scores", "classes": "classes"}.get(LOSSES[name].kind, "preferences")
         ((_, _, numbers),) = scored_terms(Reward(loss=name, target=target))
         assert numbers == arguments(name) | ({"beta": 1.0} if "beta" in numbers else {}), name
     assert len(ONLY) >= 8
@@ -413,3 +416,106 @@ def test_select_keeps_what_the_target_reads():
     assert stage.select(record, Reward(target="labels")).judgements == ()
     assert stage.select(replace(record, labels=None), Reward(target="labels")) is None
     assert stage.select(replace(record, responses=(Response("a"),)), Reward(target="scores")) is None
+
+
+# ---- steps and classes -------------------------------------------------------------------------------------------------------
+
+STEPS = [{"prompt": f"{i} the", "completions": [" so the", " thanks" if i % 2 else " no", " a dog"], "labels": [True, *[i % 2 == 1] * 2]}
+         for i in range(24)]  # fmt: skip
+
+
+def test_every_step_is_read_at_its_last_token(tmp_path):
+    """One tree of segments gives the loss and gradient of a row for each beginning of the answer, and costs the tokens of one answer."""
+    path = tmp_path / "steps.jsonl"
+    write(path, STEPS[:4])
+    records = read([path]).records
+    assert [r.text for r in records[0].responses] == [" so the\n", " so the\n no\n", " so the\n no\n a dog"]
+    assert [r.finished for r in records[0].responses] == [False, False, None] and records[1].labels == (True, True, True)
+    codec = make_codec(make.tokenizer())
+    nested, apart = (build(records, codec, max_length=None, nested=how)[0] for how in (True, False))
+    assert nested.parent.tolist()[:4] == [-1, 0, 1, 2] and apart.parent.tolist()[:4] == [-1, 0, 0, 0]
+    whole = [len(codec.backend.encode(r.prompt + r.responses[-1].text).ids) + 2 for r in records]
+    assert len(nested.tokens) == sum(whole) < len(apart.tokens)
+    value, gradient = scored("binary", apart, share=False)
+    by_hand = [-math.log(1 / (1 + math.exp(-(r if good else -r)))) for r, good in
+               zip(stepwise(records, codec), (good for r in records for good in r.labels), strict=True)]  # fmt: skip
+    assert value == pytest.approx(np.mean(by_hand), rel=1e-9) and len(by_hand) == 12
+    for store, share, micro in ((nested, True, 10_000), (nested, True, 1), (nested, False, 10_000), (apart, True, 10_000)):
+        other, theirs = scored("binary", store, share=share, micro=micro)
+        assert other == pytest.approx(value, rel=1e-9)
+        assert all(torch.allclose(gradient[k], theirs[k], rtol=1e-4, atol=1e-6) for k in gradient)
+
+
+def stepwise(records: list[Record], codec: Any) -> list[float]:
+    """The scores of every beginning by the class's own forward pass, one row each."""
+    net = models.with_scalar_head(models.prepare(make.model()), seed=1).double()
+    out = []
+    for record in records:
+        for response in record.responses:
+            ids = [256, *codec.backend.encode(record.prompt + response.text).ids] + ([257] if response.finished is None else [])
+            out.append(net(input_ids=torch.tensor([ids]), use_cache=False).logits.item())
+    return out
+
+
+def test_a_model_of_steps(options, tmp_path):
+    """Through audit, show and training: a step is bad from the first bad one on, and held-out steps are told apart."""
+    data = write(tmp_path / "steps.jsonl", STEPS)
+    assert data_stage.checked(DataCheck(data=[data]))["measures"]["labels"] == "72"
+    stage.run(replace(options, data=[data], target="labels", epochs=16, eval_every=None))
+    told = json.loads((Path(options.output) / "results.json").read_text())
+    assert told["after"]["eval/labels/accuracies"] > 0.9 and told["reward"]["labels"] == 3 * 7
+    manifest = json.loads((Path(options.output) / "manifest.json").read_text())
+    assert manifest["records"]["train"] + manifest["records"]["held_out"] == 24 and manifest["self_check"]["score_error"] < 1e-4
+    score = scorer(f"model:{options.output}")
+    texts = [" so the\n", " so the\n no\n", " so the\n thanks\n", " so the\n no\n a dog"]
+    found = score(["9 the"] * 4, [Response(text, False) for text in texts])
+    assert found[0] > 0 > found[1] and found[2] > 0 > found[3]
+
+
+CLASSED = [{"prompt": f"{i} the", "responses": [" thanks", " no", " so", " a"], "labels": ["right", "wrong", "neutral", None]}
+           for i in range(20)]  # fmt: skip
+CLASSES = ["wrong", "neutral", "right"]
+
+
+def test_two_classes_are_good_and_bad():
+    """With z = (0, r) the loss is `binary` to the last bit, value and gradient; with K it is the same as K - 1 differences of z."""
+    r = torch.tensor([1.3, -0.2, 4.0], dtype=torch.float64, requires_grad=True)
+    number = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    z = torch.stack([torch.zeros_like(r), r], 1)
+    one = reward.nominal(Side(r, None, torch.ones(3), score=number, classes=z))
+    two = reward.binary(Side(r, None, torch.ones(3)), number > 0, torch.zeros(()))
+    torch.testing.assert_close(one, two, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), r, retain_graph=True)[0] for x in (one, two)), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(log_odds(z), r)
+    many = torch.randn(5, 4, dtype=torch.float64)
+    odds = many.softmax(1)[:, -1] / many.softmax(1)[:, :-1].sum(1)
+    torch.testing.assert_close(log_odds(many), odds.log())
+    torch.testing.assert_close(log_odds(many + 7), log_odds(many))
+
+
+def test_classes_without_an_order(options, tmp_path):
+    """An output for each class, named in config.json; the score is the log-odds of the last; resume, LoRA and ensembles as ever."""
+    data = [write(tmp_path / "classes.jsonl", CLASSED)]
+    many = replace(options, data=data, target="classes", classes=CLASSES, epochs=8, lr=1e-2, eval_every=None)
+    stage.run(replace(many, report=True))
+    results = json.loads((Path(options.output) / "results.json").read_text())
+    told = results["reward"]
+    assert results["loss"] == "nominal" and told["accuracy"] == 1 and told["classed"] == 18 and told["normalised"] == "none"
+    assert {row["group"]: row["pairs"] for row in told["by_group"]} == dict.fromkeys(CLASSES, 6)
+    assert results["after"]["eval/classes/accuracies"] == 1 and "The likeliest class" in (Path(options.output) / "report.html").read_text()
+    plain = AutoModelForSequenceClassification.from_pretrained(Path(options.output) / "model").eval()
+    assert plain.config.id2label == dict(enumerate(CLASSES))
+    row = [256, *make.tokenizer()("3 the so", add_special_tokens=False).input_ids, 257]
+    z = plain(input_ids=torch.tensor([row])).logits[0].detach().double()
+    score = scorer(f"model:{options.output}")(["3 the"] * 3, [Response(t) for t in (" so", " thanks", " no")])
+    assert z.argmax() == 1 and score[0] == pytest.approx(float(z[2] - z[:2].logsumexp(0)), abs=1e-4) and score[1] > 0 > score[0]
+    stage.run(replace(many, output=options.output + "2", lora=4, members=2, max_steps=3))
+    assert np.isfinite(scorer(f"model:{options.output}2@min")(["3 the"] * 2, [Response(" so"), Response(" no")])).all()
+    for change, says in (({"classes": CLASSES[:2]}, "classes.jsonl:1.*the class 'right' is not among --classes wrong, neutral"),
+                         ({"data": options.data}, "no record has classes")):  # fmt: skip
+        with pytest.raises(DataError, match=says):
+            stage.run(replace(many, output=options.output + "3", **change))
+    facts = Path(options.output) / "model" / "reward.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"classes": CLASSES[:2]}))
+    with pytest.raises(ModelError, match="3 outputs; expected one linear head with one output for each of the 2 classes"):
+        models.load_reward(options.output)

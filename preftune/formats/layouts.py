@@ -79,6 +79,15 @@ def _boolean(value: Any, field: str) -> bool:
     return value
 
 
+def _label(value: Any, field: str) -> bool | str:
+    """A verdict, or the name of a class; a verdict in quotes is neither."""
+    if not isinstance(value, str):
+        return _boolean(value, field)
+    if value.strip().lower() in ("true", "false", "yes", "no", "0", "1"):
+        raise DataError(f"{_show(value)} is text: expected true or false without quotes, or the name of a class", field=field)
+    return _string(value, field)
+
+
 def _list(value: Any, field: str, *, of: str, length: int | None = None) -> list[Any]:
     if not isinstance(value, list):
         raise _expected(value, f"a list of {of}", field)
@@ -188,7 +197,7 @@ def _meta(row: Row, used: Sequence[str], spoken: Sequence[str]) -> Row:
 
 def _record(row: Row, prompt: Text, responses: Sequence[Response], *, used: Sequence[str], spoken: Sequence[str] = (),
             fields: Sequence[str] = (), meta: Row = NOTHING, judgements: Sequence[Judgement] = (),
-            labels: tuple[bool | None, ...] | None = None) -> Record:  # fmt: skip
+            labels: tuple[bool | str | None, ...] | None = None) -> Record:  # fmt: skip
     """Check what holds in every layout and keep the columns that are not `used`.
 
     `spoken`: columns that may hold messages; `fields`: what the responses are called in the row; `meta`: the row's own.
@@ -296,7 +305,7 @@ def _canonical(row: Row) -> Record:
     labels = None
     if row.get("labels") is not None:
         given = _list(row["labels"], "labels", of="true, false or null", length=size)
-        labels = tuple(None if value is None else _boolean(value, f"labels[{i}]") for i, value in enumerate(given))
+        labels = tuple(None if value is None else _label(value, f"labels[{i}]") for i, value in enumerate(given))
     meta, name = row.get("meta"), row.get("id")
     if meta is not None and not isinstance(meta, dict):
         raise _expected(meta, "an object", "meta")
@@ -468,7 +477,7 @@ def _labelled_messages(row: Row) -> Record:
     if messages[-2].role == "assistant":
         raise DataError("ambiguous: two assistant messages at the end", field="messages")
     return _record(row, messages[:-1], (Response(messages[-1:]),), used=("messages", "label"), spoken=("messages",),
-                   fields=("messages",), labels=(_boolean(row["label"], "label"),))  # fmt: skip
+                   fields=("messages",), labels=(_label(row["label"], "label"),))  # fmt: skip
 
 
 def _labelled_completion(row: Row) -> Record:
@@ -476,7 +485,25 @@ def _labelled_completion(row: Row) -> Record:
     columns = ("prompt", "completion")
     response = Response(_text(row["completion"], "completion"))
     return _record(row, parse_prompt(row["prompt"], "prompt"), (response,), used=(*columns, "label"), spoken=columns,
-                   fields=("completion",), labels=(_boolean(row["label"], "label"),))  # fmt: skip
+                   fields=("completion",), labels=(_label(row["label"], "label"),))  # fmt: skip
+
+
+def _steps(row: Row) -> Record:
+    """An answer in steps with a label each: the answer as it stands after a step is a response of its own, cut there but for the last, and
+    has that step's label. A step ends with a line break, its own or one that is put there."""
+    columns = ("prompt", "completions", "labels")
+    given = _list(row["completions"], "completions", of="steps")
+    steps = [_string(text, f"completions[{i}]") for i, text in enumerate(given)]
+    labels = _list(row["labels"], "labels", of="true or false, one a step")
+    if not steps:
+        raise DataError("empty, expected steps", field="completions")
+    if len(labels) != len(steps):
+        raise DataError(f"length {len(labels)}, expected one for each of the {len(steps)} steps", field="labels")
+    ended = [text if text.endswith("\n") else f"{text}\n" for text in steps[:-1]]
+    responses = [Response("".join(ended[: i + 1]), finished=False) for i in range(len(ended))]
+    responses.append(Response("".join([*ended, steps[-1]])))
+    return _record(row, parse_prompt(row["prompt"], "prompt"), responses, used=columns, spoken=("prompt",),
+                   labels=tuple(None if x is None else _label(x, f"labels[{i}]") for i, x in enumerate(labels)))  # fmt: skip
 
 
 TREE_ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
@@ -608,6 +635,9 @@ FORMATS: dict[str, Format] = {
     "prompt-completion-label": Format(
         ("prompt", "completion", "label"), _labelled_completion, "unpaired: a completion and whether it is good",
         {"prompt": "2+2=", "completion": "4", "label": True}),
+    "prompt-completions-labels": Format(
+        ("prompt", "completions", "labels"), _steps, "an answer in steps with a label each; TRL's stepwise layout",
+        {"prompt": "2+2+2=", "completions": ["2+2 is 4.", "4+2 is 7."], "labels": [True, False]}),
     "question-responses": Format(("question", "response_j", "response_k"), _question, "two answers; `response_j` was preferred",
                                  {"question": "2+2?", "response_j": "4", "response_k": "5"}),
     "instruction-outputs": Format(

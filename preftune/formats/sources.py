@@ -33,7 +33,7 @@ TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*LINES, *TABLES)
 HUB = "hub:"
 # Columns of CSV whose cells are JSON (a number, true, a list); an empty cell is null. All other cells are text as it stands.
-JSON_CELLS = ("label", "labels", "ranks", "scores", "score_chosen", "score_rejected", "responses", "judgements", "messages",
+JSON_CELLS = ("label", "labels", "completions", "ranks", "scores", "score_chosen", "score_rejected", "responses", "judgements", "messages",
               "conversations", "meta")  # fmt: skip
 
 Found = tuple[int, int, Any]

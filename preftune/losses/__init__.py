@@ -39,7 +39,8 @@ class Loss:
             `f(side: Side, rankings: lists.Rankings, *, ...) -> (L,)`; kind 'orders': the same, 0 for a list of one tier, whose votes
             do not count in the mean; kind 'scored', any two scored responses of a prompt: `f(one: Side, other: Side, *, ...) -> (B,)`;
             kind 'values', scored responses: `f(side: Side, draws: values.Draws, *, ...) -> (B,)`; kind 'draws', samples of the
-            reference, and kind 'grades', single responses that the data gave a score: `f(side: Side, *, ...) -> (B,)`.
+            reference, and kinds 'grades' and 'classes', single responses that the data gave a score or a class:
+            `f(side: Side, *, ...) -> (B,)`.
         kind: which view of the judgements it reads.
         reference: 'none' (the reference column is never built), 'token' (a column of log-probs), 'distribution' (that, and the reference
             itself, run beside the policy at every step).
@@ -48,7 +49,8 @@ class Loss:
         source: paper and equation.
         separable: a step's loss is a sum over items, so micro-batches need one forward; False = batch statistics, two.
         mismatched: needs each prompt with another record's response (KTO's z0).
-        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'value', 'kl' (reference='distribution').
+        needs: which further columns of `Side` it reads: 'tokens', 'collision', 'score', 'member', 'value', 'classes', 'kl'
+            (reference='distribution').
         partition: its Z is estimated from samples, so their number and weights decide whether it can be trained at all.
         scalar: whether it stands on the scores of a reward model: 'no'; 'only'; or 'too', with beta 1 and a reference of 0. Then `start`
             is its value where all scores are 0.
@@ -310,6 +312,7 @@ LOSSES: Mapping[str, Loss] = {
                    scalar="only"),
     "square": Loss(reward.square, "grades", "none", "refuse", "arXiv:2406.08673 (HelpSteer2)", needs=("score",), reads=POLICY,
                    scalar="only"),
+    "nominal": Loss(reward.nominal, "classes", "none", "refuse", "McFadden 1974", needs=("score", "classes"), reads=POLICY, scalar="only"),
 }
 
 

@@ -32,6 +32,7 @@ class Side:
         member: (B, M) what each member of an ensemble says of it; only for losses that need 'member'.
         kl: (B,) sum over its tokens of KL(ref(.|s_t)||pi(.|s_t)), with gradient; only for losses that need 'kl'.
         value: (B,) what a value model says of its prompt, with gradient; only for losses that need 'value'.
+        classes: (B, C) what a head of C outputs says of the response; only for losses that need 'classes'.
     """
 
     policy: Tensor
@@ -43,6 +44,7 @@ class Side:
     member: Tensor | None = None
     kl: Tensor | None = None
     value: Tensor | None = None
+    classes: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """The same with every column changed."""

@@ -1,8 +1,9 @@
 """Losses of a reward model: `policy` of a Side is the score r of a response, in logits of preference. Touches torch only.
 
 P(w preferred) = sigmoid(r_w - r_l), so that only differences within a prompt are ever seen. `score` is what the data itself says of a
-response. Pairs, verdicts and rankings as in the other files; `grades` are single responses with a score of the data. Losses of the
-other files that read nothing but differences of a log-ratio stand on scores too (`Loss.scalar`), with beta 1.
+response. Pairs, verdicts and rankings as in the other files; `grades` are single responses with a score of the data, `classes` with the
+number of a class in its place. Losses of the other files that read nothing but differences of a log-ratio stand on scores too
+(`Loss.scalar`), with beta 1.
 
 Every docstring works three numbers on `WORKED`. Try it: `pytest preftune/losses/reward.py`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,11 @@ WORKED = {
     "lists": (_scores(_row(4, 2, 1, 2, 1, 4, 1, 2, 4).log()), Rankings(torch.arange(9) // 3, torch.tensor([0, 1, 2, 0, 0, 1, 0, -1, -1]))),
     "verdicts": (_scores(_row(1, -1, 0)), torch.tensor([True, False, True]), torch.tensor(0.0, dtype=torch.float64)),
     "grades": (_scores(_row(1, -1, 0), _row(1, 0.25, 0.5)),),
+    "classes": (replace(_scores(_row(0, 0, 0), _row(2, 0, 1)), classes=torch.stack([_row(1, 1, 2), _row(3, 1, 1), _row(1, 1, 1)]).log()),),
 }
 """For hand work. Pairs: r_w - r_l = 2, -1, -3, r_w + r_l = 0, 1, -1; the data's scores differ by 2, 0, -1. Lists as in `lists.WORKED`,
-p = e^r: 4 > 2 > 1; 2 and 1 tied, both > 4; 1 > {2, 4}, which are unordered. r = 1, -1, 0, judged good, bad, good, or graded 1, .25, .5."""
+p = e^r: 4 > 2 > 1; 2 and 1 tied, both > 4; 1 > {2, 4}, which are unordered. r = 1, -1, 0, judged good, bad, good, or graded 1, .25, .5. Of
+three classes the odds are 1:1:2, 3:1:1, 1:1:1; it was the last, the first, the second."""
 
 
 def bradley_terry(chosen: Side, rejected: Side, *, margin: float = 0.0) -> Tensor:
@@ -152,3 +156,16 @@ def square(side: Side) -> Tensor:
     """
     assert side.score is not None
     return (side.policy - side.score) ** 2
+
+
+def nominal(side: Side) -> Tensor:
+    """Classes without an order: -log softmax(z)[c], z a head's outputs, one a class, c the class that the data names.  McFadden 1974.
+
+    P(class) = softmax(z). The reward r = z_C - log sum of the other e^z is the log-odds of the last class, the wanted one: with two classes
+    and z = (0, r) this is `binary`. e^z = (1, 1, 2), (3, 1, 1), (1, 1, 1), classes 2, 0, 1 (`score` is the number): log 2; log 5/3; log 3.
+
+    >>> nominal(*WORKED["classes"])
+    tensor([0.6931, 0.5108, 1.0986], dtype=torch.float64)
+    """
+    assert side.score is not None and side.classes is not None
+    return F.cross_entropy(side.classes, side.score.long(), reduction="none")

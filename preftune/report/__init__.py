@@ -23,6 +23,7 @@ from ..errors import DataError, UsageError, nearest
 from ..files import atomic_write, read_json, read_jsonl
 from ..screen import clean
 from .charts import CALIBRATION, CHARTS, Chart, draw, gate_charts
+from .evaluated import reliability_svg
 from .findings import (
     Z95,
     Finding,
@@ -329,7 +330,7 @@ def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[s
         "finished": run.results is not None, "tiles": list(tiles(before, after, results)),
         "extra": extras(run.extra, faults), "faults": faults,
         "charts": [(chart, Markup(svg)) for chart, svg in (*((c, draw(c, training, scored)) for c in charts),
-                                                           (CALIBRATION, draw(CALIBRATION, [], _bins(results.get("reward"))))) if svg],
+                                                           (CALIBRATION, _reliability(results.get("reward")))) if svg],
         "samples": shown, "samples_of": in_all, "sampled_at": last, "best_step": results.get("best_step"),
         "numbers": [(name, plain(before.get(name)), plain(after.get(name))) for name in names],
         "chosen": chosen, "default": default, "model": run.options.get("model"), "loss": run.options.get("loss"),
@@ -342,11 +343,13 @@ def contents(run: Run, folder: Path, charts: Sequence[Chart] = CHARTS) -> dict[s
     }  # fmt: skip
 
 
-def _bins(reward: Any) -> list[Row]:
-    """The groups of a reward model's calibration, or none."""
-    found = reward.get("calibration", {}) if isinstance(reward, Mapping) else {}
-    rows = found.get("bins", []) if isinstance(found, Mapping) else []
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+def _reliability(reward: Any) -> str:
+    """The figure of a reward model's calibration, or ''."""
+    found = reward.get("calibration") if isinstance(reward, Mapping) else None
+    rows = found.get("bins") if isinstance(found, Mapping) else None
+    bins = [{key: value(row, key) for key in ("said", "came", "low", "high")} for row in rows or () if isinstance(row, Mapping)]
+    bins = [row for row in bins if row["said"] is not None and row["came"] is not None]
+    return reliability_svg(bins) if bins else ""
 
 
 def write(run_folder: str | Path, output: str | Path | None = None) -> Path:

@@ -93,10 +93,9 @@ def gate_charts(gate: Row, scored: Sequence[Row]) -> tuple[Chart, ...]:
     )  # fmt: skip
 
 
-CALIBRATION = Chart("Calibration", "How often what was predicted of held-out answers was so, by how sure the model was: groups of "
-    "equal size, 95% intervals. On the grey line it is right as often as it says.",
-    "share", (Line("as it says", "predicted", "faint"), Line("observed", "observed", "blue", ("low", "high"))), x="predicted")  # fmt: skip
-AXES = {"step": "step", "kl_sequence_rb": "KL, nats per answer", "predicted": "predicted probability"}
+CALIBRATION = Chart("Calibration", "How often what was predicted of held-out answers was so, by how sure the model was, 95% intervals. "
+    "On the dashed line it is right as often as it says.", "share", ())  # fmt: skip
+AXES = {"step": "step", "kl_sequence_rb": "KL, nats per answer"}
 # Colours stand for CSS variables of the page, so that one drawing reads in light and in dark.
 COLOURS = {"axis": "#0a0b01", "grid": "#0a0b02", "faint": "#0a0b03", "blue": "#0a0b04", "orange": "#0a0b05", "green": "#0a0b06"}
 MOST_POINTS = 120

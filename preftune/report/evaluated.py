@@ -43,7 +43,7 @@ def shade(value: float | None, largest: float) -> str:
     return f"background: color-mix(in srgb, var(--{'green' if (value or 0) > 0 else 'orange'}) {70 * share:.0f}%, transparent)"
 
 
-def reliability_svg(bins: list[Mapping[str, Any]]) -> str:
+def reliability_svg(bins: Sequence[Mapping[str, Any]]) -> str:
     """What was said against what came true, with intervals; the diagonal is perfect calibration. An SVG element in the page's colours."""
     side, inner = 240, 200
     place = lambda x, y: (30 + inner * 2 * (x - 0.5), 10 + inner * (1 - y))  # noqa: E731  confidence is from 0.5 to 1, shares from 0 to 1
@@ -59,7 +59,7 @@ def reliability_svg(bins: list[Mapping[str, Any]]) -> str:
     parts.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="var(--axis)" stroke-dasharray="4 3"/>')
     for row in bins:
         x, y = place(row["said"], row["came"])
-        if row["low"] is not None:
+        if row["low"] is not None and row["high"] is not None:
             (_, low), (_, high) = place(0.5, row["low"]), place(0.5, row["high"])
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="var(--blue)" stroke-width="1.4"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--blue)"/>')

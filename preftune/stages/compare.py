@@ -198,7 +198,7 @@ def _ranks(record: Record) -> Iterator[tuple[dict[int, int], frozenset[int]]]:
         tiers = {i: rank for rank, tied in enumerate(judgement.order) for i in tied}
         yield tiers | dict.fromkeys(judgement.below, len(judgement.order)), frozenset(judgement.below)
     if record.labels is not None:
-        yield {i: 1 - int(label) for i, label in enumerate(record.labels) if label is not None}, frozenset()
+        yield {i: 1 - int(label) for i, label in enumerate(record.labels) if isinstance(label, bool)}, frozenset()
 
 
 def from_votes(paths: Sequence[str], names: Sequence[str]) -> list[Duel]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .. import calibration, models, pipeline, report, runs
+from .. import calibration, certainty, models, pipeline, report, runs
 from ..certainty import share_of
 from ..config import Reward, data_source, going_on, resolved_yaml, scored_terms
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, nearest
 from ..files import atomic_write, read_jsonl, require_new, write_json
 from ..formats import Tally, stream
 from ..intake import Seen
 from ..objectives import Objective, preference
+from ..readout import log_odds
 from ..records import Record
+from ..report.findings import percent
 from ..rewards import ENSEMBLE, scores_of
 from ..screen import clean, say
 from ..store import Store
@@ -57,9 +60,12 @@ def objective(options: Reward) -> Objective:
 
 
 def select(record: Record, options: Reward) -> Record | None:
-    """Every record for preferences; else only those with labels, or scores. Raises DataError for a score outside of its range."""
+    """Every record for preferences; else only those with labels, scores or classes. Raises DataError for a score outside of its range, a
+    class that is not among --classes."""
     if options.target == "labels":
         return replace(record, judgements=()) if record.labels is not None else None
+    if options.target == "classes":
+        return _classed(record, options.classes)
     if options.target == "preferences":
         if "bradley-terry-margin" in (name for _, name, _ in scored_terms(options)):
             _all_scored(record)
@@ -78,9 +84,21 @@ def _all_scored(record: Record) -> None:
         raise _at(record, "a judged response has no score, and --loss bradley-terry-margin reads the difference of two")
 
 
-def _at(record: Record, reason: str) -> DataError:
+def _classed(record: Record, classes: Sequence[str]) -> Record | None:
+    """The record with the number of its class as the score of each response; labels stay, so that equal texts stay apart."""
+    names = [label if isinstance(label, str) else None for label in record.labels or ()]
+    for name in filter(None, names):
+        if name not in classes:
+            raise _at(record, f"the class {name!r} is not among --classes {', '.join(classes)}{nearest(name, classes)}", field="labels")
+    if not any(names):
+        return None
+    numbers = [None if name is None else float(classes.index(name)) for name in names]
+    return replace(record, judgements=(), responses=tuple(replace(r, score=n) for r, n in zip(record.responses, numbers, strict=True)))
+
+
+def _at(record: Record, reason: str, field: str = "score") -> DataError:
     path, _, line = record.where.rpartition(":")
-    return DataError(reason, path=path or None, line=int(line) if line.isdigit() else None, field="score")
+    return DataError(reason, path=path or None, line=int(line) if line.isdigit() else None, field=field)
 
 
 def refuse(seen: Seen, options: Reward) -> None:
@@ -91,7 +109,7 @@ def refuse(seen: Seen, options: Reward) -> None:
 
 def wrap(model: Any, options: Reward) -> Any:
     """The model under a scalar head; members of an ensemble have heads of their own."""
-    return models.with_scalar_head(model, seed=[options.seed, options.member])
+    return models.with_scalar_head(model, seed=[options.seed, options.member], classes=options.classes)
 
 
 def resample(store: Store, train: np.ndarray, prompts: np.ndarray, options: Reward) -> tuple[Store, np.ndarray]:
@@ -126,6 +144,7 @@ def publish(setup: pipeline.Setup, options: Reward, folder: Path, model: Path) -
     how = options.normalise or ("mean" if options.target == "preferences" else "none")
     moved = {"shift": level["mean"]} if how != "none" else {}
     moved |= {"scale": level["std"]} if how == "std" else {}
+    moved |= {"classes": options.classes} if options.classes else {}
     if how == "std" and not level["std"] > 0:
         raise DataError("--normalise std: every training answer has the same score; use mean")
     codec = setup.codec.describe()
@@ -153,11 +172,13 @@ def evidence(setup: pipeline.Setup, options: Reward, folder: Path) -> dict[str, 
     value = np.full(len(store.response), np.nan)
     value[segments[store.response[segments] >= 0]] = scores_of(setup.model, store, micro_tokens=options.micro_tokens, device=setup.device,
                                                                records=held)  # fmt: skip
+    if options.target == "classes":
+        return _of_classes(setup, options, segments)
     if options.target == "labels":
         said = np.concatenate([np.arange(store.verdict_start[r], store.verdict_start[r + 1]) for r in held])
-        good, sure = store.verdict_good[said].astype(float), 1 / (1 + np.exp(-value[store.verdict[said]]))
+        good = store.verdict_good[said].astype(float)
         record = np.searchsorted(store.record_start, store.verdict[said], side="right") - 1
-        return {"labels": len(said), "calibration": calibration.reliability(sure, good, record)}
+        return {"labels": len(said), "calibration": asdict(certainty.calibration(value[store.verdict[said]], good, record))}
     rows = np.concatenate([np.arange(store.pair_start[r], store.pair_start[r + 1]) for r in held])
     if options.target == "scores" or not len(rows):
         given = store.score[segments]
@@ -173,6 +194,22 @@ def evidence(setup: pipeline.Setup, options: Reward, folder: Path) -> dict[str, 
     weighted = any(data_source(name)[1] != 1 for name in (*options.data, *options.eval_data))  # then weights are no counts of votes
     names = column(options, [store.where[r] for r in record]) if options.by else None
     return calibration.told(found, names, votes=not weighted)
+
+
+def _of_classes(setup: pipeline.Setup, options: Reward, segments: np.ndarray) -> dict[str, Any]:
+    """How often the likeliest class is the one that the data says, of all and of each, and calibration of P(the wanted one)."""
+    store = setup.store
+    logits = scores_of(setup.model, store, micro_tokens=options.micro_tokens, device=setup.device, records=setup.held, outputs=True)
+    answers = segments[store.response[segments] >= 0]
+    known = ~np.isnan(store.score[answers])
+    truth, logits = store.score[answers[known]].astype(int), logits[known]
+    record = np.searchsorted(store.record_start, answers[known], side="right") - 1
+    right = (logits.argmax(1) == truth).astype(float)
+    share, low, high = share_of(right, record)
+    odds = log_odds(torch.from_numpy(logits)).numpy()
+    return {"classed": len(truth), "accuracy": share, "low": low, "high": high,
+            "by_group": calibration.groups(right, record, [options.classes[i] for i in truth]),
+            "calibration": asdict(certainty.calibration(odds, (truth == len(options.classes) - 1).astype(float), record))}  # fmt: skip
 
 
 def _correlation(one: np.ndarray, two: np.ndarray) -> float | None:
@@ -197,15 +234,18 @@ def sheets(found: dict[str, Any]) -> dict[str, Any]:
         return [[e[first], e.get("pairs", e.get("count")), e[share], e["low"], e["high"]] for e in entries]
 
     tables = []
-    for name, caption in (("by_length", "by length of the preferred answer less that of the other"), ("by_group", "by column")):
+    by = "by class" if "classed" in found else "by column"
+    for name, caption in (("by_length", "by length of the preferred answer less that of the other"), ("by_group", by)):
         if found.get(name):
             tables.append({"caption": f"Agreement {caption}", "columns": ["", "pairs", "agreement", "95% from", "to"],
                            "rows": rows(found[name], "group", "agreement")})  # fmt: skip
     texts = []
     if "calibration" in found:
+        sure = found["calibration"]
         tables.append({"caption": "Calibration", "columns": ["predicted", "count", "observed", "95% from", "to"],
-                       "rows": rows(found["calibration"]["bins"], "predicted", "observed")})  # fmt: skip
-        texts.append(f"Expected calibration error {found['calibration']['ece']:.3f}.")
+                       "rows": rows(sure["bins"], "said", "came")})  # fmt: skip
+        slope = "" if sure["slope"] is None else f"; slope {sure['slope']:.2f}: 1 is calibrated, below it is too sure of itself"
+        texts.append(f"Expected calibration error {sure['ece']:.3f}, {sure['chance']:.3f} by chance alone{slope}.")
     if "agreement" in found:
         most = found["ceiling"]
         limit = "How much is possible is not known: no pair was judged twice, and none has a probability."
@@ -213,6 +253,8 @@ def sheets(found: dict[str, Any]) -> dict[str, Any]:
             ends = pipeline.span(most["low"], most["high"])
             limit = f"The most that is possible with such labels: {ends}, from {most['from']} of {most['pairs']} pairs."
         texts.append(f"Agreement with a drawn label: {found['agreement']:.3f} of held-out pairs. {limit}")
+    if "classed" in found:
+        texts.append(f"The likeliest class is the right one in {percent(found['accuracy'])} of {found['classed']} held-out answers.")
     if "correlation" in found:
         texts.append(f"Correlation with {found['scored']} held-out scores: {report.plain(found['correlation'])}.")
     return {"title": "What the reward model knows", "paragraphs": texts, "tables": tables}

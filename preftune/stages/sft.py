@@ -46,7 +46,7 @@ def refuse(seen: Seen, options: Sft) -> None:
 def preferred(record: Record) -> tuple[Response, ...]:
     """The desirable responses, or those in the best tier of some judgement, each once, in their order."""
     if record.labels is not None:
-        return tuple(r for r, label in zip(record.responses, record.labels, strict=True) if label)
+        return tuple(r for r, label in zip(record.responses, record.labels, strict=True) if label is True)
     best = {i for judgement in record.judgements for i in judgement.order[0]}
     return tuple(r for i, r in enumerate(record.responses) if i in best)
 
