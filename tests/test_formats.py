@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from preftune import formats
 from preftune.errors import DataError, UsageError
 from preftune.formats import FORMATS, detect, read, to_json
-from preftune.records import Judgement, Message, Record, Response, pairs, verdicts, verdicts
+from preftune.records import Judgement, Message, Record, Response, pairs, verdicts
 
 PAIR = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
 

@@ -64,11 +64,11 @@ SLOW_FOR_HELP = (*TENSOR_LIBRARIES, "numpy", "scipy", "matplotlib", "jinja2")
 # Lines of Python per room. Growth past a line here is raised in the same commit, with the reason in its message.
 # The design hoped for 8,000 lines of the whole. A quarter of what is here are docstrings with shapes, errors and sources, and every
 # input has its refusal; docs/decisions.md says what was measured.
-# Raised for reward models, ensembles, distillation, token credit, the offline loop, on-policy training and evaluation.
-BUDGET_TOTAL = 23000
+# Raised for reward models (of steps, of classes), ensembles, distillation, token credit, the offline loop, on-policy training, evaluation.
+BUDGET_TOTAL = 23250
 BUDGET_DEFAULT = 420
 BUDGET: dict[str, int] = {
-    "pipeline": 790,  # a run from files or from the policy's own answers to report, which every verb that trains shares
+    "pipeline": 800,  # a run from files or from the policy's own answers to report, which every verb that trains shares
     "config": 1300,  # half are the options of two dozen verbs, the rest reads them strictly from words, YAML, runs and the losses' text
     "losses": 1900,  # every loss with its source and three numbers, a file per kind of item
     "stages": 4150,  # a file per verb

@@ -152,7 +152,12 @@ def test_a_reward_that_no_value_model_can_begin_as_is_refused(world, tmp_path):
     for spec, says in refused.items():
         with pytest.raises(UsageError, match=f"--value reward: .*{says}.*--value head or copy"):
             ppo.run(replace(options, reward=spec))
+    with pytest.raises(UsageError, match="has an output for each class, and a value is one number"):
+        models.save(models.with_scalar_head(models.prepare(make.model()), seed=0, classes=("bad", "good")), make.tokenizer(), other)
+        (other / "reward.json").write_text(json.dumps({"classes": ["bad", "good"]}))
+        ppo.run(replace(options, reward=f"model:{other}"))
     with pytest.raises(UsageError, match="has 16 positions, and a prompt with its answer may have"):
+        (other / "reward.json").unlink()
         narrow = models.with_scalar_head(models.prepare(make.model(max_position_embeddings=16)), seed=0)
         models.save(narrow, make.tokenizer(), other)
         ppo.run(replace(options, reward=f"model:{other}"))

@@ -13,7 +13,7 @@ import numpy as np
 from .. import models, pipeline, rollouts
 from ..config import Ppo, kl_place
 from ..errors import UsageError
-from ..readout import Learner, Value, packs, with_value
+from ..readout import Learner, Value, packs, scalar_head, with_value
 from ..records import Record
 from ..rewards import same_ids
 
@@ -57,6 +57,8 @@ def as_reward(setup: pipeline.Setup, options: Ppo) -> Value:
         why = f"is an ensemble of {len(others) + 1}, and a value model is one model: name a member, such as model:FOLDER/member-1"
     elif first.model is None or first.codec is None:
         why = "is no reward model"
+    elif scalar_head(first.model).out_features > 1:
+        why = "has an output for each class, and a value is one number"
     elif not same_ids(first.codec, setup.codec):
         why = "does not read the policy's ids: its tokeniser, template or BOS is another"
     elif packs(setup.model) and not packs(first.model):
