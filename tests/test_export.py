@@ -16,16 +16,18 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from preftune import cli, report
-from preftune.config import Dpo, Export, build
+from preftune.config import Dpo, Export, Reward, build
 from preftune.errors import ModelError, UsageError
+from preftune.records import Response
 from preftune.report.card import bare, card, literal
 from preftune.report.findings import number
-from preftune.stages import dpo, export
+from preftune.rewards import scorer
+from preftune.stages import dpo, export, reward
 
 IDS = torch.tensor([[256, 40, 50, 60, 70, 81]])
 JUDGE = "def judge(prompt, response):\n    return float(response.count('h'))\n"
@@ -260,3 +262,62 @@ def test_bare(path, told):
 def test_literal_survives_markdown():
     text = "a *b* _c_ `d` [e](f) <g> &amp; #h | $i$ ~j~ \\k !l"
     assert MarkdownIt().renderInline(str(literal(text))) == text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# ---- reward models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge(run) -> Path:
+    """A reward model by LoRA on the same files, beside the run."""
+    folder = run.parent / "judge"
+    options = Reward(model=str(run.parents[1] / "base"), data=[str(run.parents[1] / "pairs.jsonl")], output=str(folder), lora=4, lr=1e-2,
+                     epochs=3, batch_size=8, skip_bad=True, threads=1, holdout=0.3)  # fmt: skip
+    assert reward.run(options) == 0
+    return folder
+
+
+def score(model: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.item()
+
+
+def test_a_reward_model_is_published_with_its_reading(judge, tmp_path):
+    """Plain transformers and peft give the scores of the run's model, preftune those with its shift; the card is about a reward model."""
+    folder, small = published(judge, tmp_path / "judge"), published(judge, tmp_path / "half", dtype="bf16")
+    own = score(AutoModelForSequenceClassification.from_pretrained(judge / "model"))
+    assert score(AutoModelForSequenceClassification.from_pretrained(folder)) == own
+    assert score(AutoModelForSequenceClassification.from_pretrained(small).float()) == pytest.approx(own, abs=0.05)
+    assert (folder / "reward.json").read_bytes() == (judge / "model" / "reward.json").read_bytes() == (small / "reward.json").read_bytes()
+    asked = ["3 the"] * 2, [Response(" thanks"), Response(" no")]
+    assert (scorer(f"model:{folder}")(*asked) == scorer(f"model:{judge}")(*asked)).all()
+    beside = published(judge, tmp_path / "adapter", adapter=True)
+    shutil.copytree(judge.parents[1] / "base", tmp_path / "base")
+    told = json.loads((beside / "adapter_config.json").read_text())
+    (beside / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(tmp_path / "base")}))
+    assert score(AutoPeftModelForSequenceClassification.from_pretrained(beside, num_labels=1)) == pytest.approx(own, abs=1e-4)
+    text, head = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
+    assert head.pipeline_tag == "text-classification" and "reward" in head.tags
+    for words in ("A reward model:", "AutoModelForSequenceClassification", "The reward model learned the preferences", "`shift`", "a proxy",
+                  "accuracy on held-out pairs"):  # fmt: skip
+        assert words in rendered(text).replace("<code>", "`").replace("</code>", "`"), words
+    assert "sampled" not in text and "AutoModelForCausalLM" not in text and str(judge.parents[1]) not in text
+    page = (judge / "report.html").read_text()
+    assert "The reward model learned the preferences." in page and "The sampled answers were not scored" not in page
+
+
+def test_an_ensemble_is_reported_and_its_members_are_published(judge, tmp_path):
+    options = Reward(model=str(judge.parents[1] / "base"), data=[str(judge.parents[1] / "pairs.jsonl")], output=str(tmp_path / "several"),
+                     members=2, lr=3e-3, epochs=2, batch_size=8, skip_bad=True, threads=1, holdout=0.3, report=False)  # fmt: skip
+    reward.run(options)
+    with pytest.raises(UsageError, match="an ensemble; export one of its members, such as .*/member-1"):
+        published(tmp_path / "several", tmp_path / "no")
+    published(tmp_path / "several" / "member-2", tmp_path / "second")
+    page = cli.main(["report", str(tmp_path / "several")]) == 0 and (tmp_path / "several" / "report.html").read_text()
+    told = json.loads((tmp_path / "several" / "ensemble.json").read_text())["held_out"]
+    for words in ("member-1", "member-2", "The members", "held-out accuracy", f"{told['spread']:.3f}", "did not finish"):
+        assert (words in page) == (words != "did not finish"), words
+    results = json.loads((tmp_path / "several" / "results.json").read_text())
+    assert results["after"]["eval/rewards/accuracies"] == told["mean"]["agreement"]
+    each = [json.loads((tmp_path / "several" / name / "results.json").read_text()) for name in told if name.startswith("member")]
+    assert results["steps"] == sum(one["steps"] for one in each) and len(each) == 2

@@ -581,6 +581,23 @@ def test_overfitting():
     assert "fit" not in said(after(), earlier=[evaluation(150)])[0]
 
 
+def test_what_is_said_of_a_reward_model():
+    """Agreement beside what is possible, never its answers, of which it has none; a slope whose interval holds 1 is no news; torn files."""
+    told = {"agreement": 0.66, "low": 0.61, "high": 0.7, "ceiling": {"high": 0.72},
+            "calibration": {"slope": 0.5, "slope_low": 0.4, "slope_high": 0.7}}  # fmt: skip
+    rows = {"stage": "reward", "steps": 99, "after": {"step": 99}}
+    good, note = [f for f in findings([], rows | {"reward": told}) if f.about == "reward_model"]
+    assert good.level == "good" and "66.0% of held-out pairs (95% interval 61.0% to 70.0%). With such labels 72.0% is" in good.text
+    assert note.title == "The reward model is too sure of itself" and "0.500 (95% interval 0.400 to 0.700)" in note.text
+    assert verdict(findings([], rows | {"reward": told})) == ("good", "The reward model learned the preferences.")
+    doubt = told | {"low": 0.49, "calibration": {"slope": 1.1, "slope_low": 0.8, "slope_high": 1.4}}
+    assert verdict(findings([], rows | {"reward": doubt})) == ("warn", "The reward model: not enough data to tell.")
+    (classed,) = [f for f in findings([], rows | {"reward": {"classed": 30, "accuracy": 0.9, "low": None, "high": None}}) if f.about]
+    assert "90.0% of 30 answers" in classed.text
+    for torn in (None, {}, "x", {"agreement": "x", "calibration": 3, "ceiling": []}):
+        assert not [f for f in findings([], rows | {"reward": torn}) if f.about in ("reward_model", "unscored")]
+
+
 def test_the_bias_of_values_that_were_read_off_samples():
     """Told in units of the reward beside its spread; a warning from a tenth of it on."""
     for bias, level in ((-0.3, "warn"), (-0.05, "note")):

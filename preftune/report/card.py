@@ -16,7 +16,7 @@ from .. import config, runs
 from . import Run, flat, options_class, settings, visible
 from .findings import Row, duration, findings, number, percent, signed, value, verdict
 
-PUBLISHED = ("dpo", "online", "ppo", "sft")  # a reward model is no policy; its model/ is a folder of transformers already
+PUBLISHED = ("dpo", "online", "ppo", "reward", "sft")
 FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -60,14 +60,14 @@ def contents(run: Run, title: str, *, adapter: bool, dtype: str | None) -> dict[
         "rule": _rule(records), "seed": manifest.get("seed"), "hardware": flat(hardware), "versions": _table(manifest.get("versions")),
         "limits": list(limits(after, results, records)), "dtype": FORMATS.get(dtype or ""), "lora": options.lora,
         "dates": _table(manifest.get("codec")), "fence": Markup("`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))),
-        "command": Markup(command),
+        "command": Markup(command), "reading": _table(results.get("reward")), "classes": list(getattr(options, "classes", [])),
     }  # fmt: skip
 
 
-def options_of(run: Run, stage: str) -> config.Training:
+def options_of(run: Run, stage: str) -> config.Fitting:
     """The options of the run. Raises UsageError for a stage or an option that this version does not have."""
     known = options_class(stage) if stage in PUBLISHED else None
-    if not known or not issubclass(known, config.Training):
+    if not known or not issubclass(known, config.Fitting):
         raise config.UsageError(f"{run.name}: a run of {stage!r}; only runs of {', '.join(PUBLISHED)} make a model to publish")
     return known(**config.load_yaml(yaml.safe_dump(dict(run.options)), f"{run.name}/config.yaml", known))
 
@@ -107,7 +107,8 @@ def from_hub(manifest: Row) -> bool:
 
 def _front(base: str | None, stage: str, files: Sequence[Row], *, adapter: bool) -> str:
     """The YAML head. Only what the hub can follow is named: a base from a folder is no model there. Never a licence."""
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    task = "text-classification" if stage == "reward" else "text-generation"
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     if base:
         head |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     sets = [
@@ -167,6 +168,8 @@ def measured(before: Row, after: Row, results: Row) -> Iterator[tuple[str, str, 
         ("eval/loss", "loss on held-out records", _with, "as trained"),
         ("eval/rewards/accuracies", "accuracy on held-out pairs", lambda row, key: _accuracy(row),
          f"share of {pairs:,.0f} pairs; 95% interval, Wilson" if pairs else "share; 95% interval, Wilson"),
+        ("eval/labels/accuracies", "held-out labels on the right side of 0", lambda row, key: _with(row, key, percent), "share"),
+        ("eval/classes/accuracies", "held-out answers whose likeliest class is right", lambda row, key: _with(row, key, percent), "share"),
         ("reward", "reward of its own answers", _with, "± one standard error over prompts"),
         ("kl_sequence_rb", "KL to the reference, per answer", _with, "nats an answer; Rao-Blackwell, own answers; ± one standard error"),
         ("kl_token_rb", "KL to the reference, per token", _with, "nats a token; ± one standard error"),
@@ -192,7 +195,9 @@ def limits(after: Row, results: Row, records: Row) -> Iterator[str]:
     """What was not measured, and what the numbers cannot say."""
     if value(after, "eval/loss") is None:
         yield "Nothing was held out: how well it does on prompts that it was not trained on was not measured."
-    if value(after, "kl_sequence_rb") is None:
+    if results.get("stage") == "reward":
+        yield "What becomes of a policy that is trained to please it was not measured: a reward model is a proxy."
+    elif value(after, "kl_sequence_rb") is None:
         yield "Its own answers were not sampled: how far it moved from the reference, and what it answers, was not measured."
     elif value(after, "reward") is None:
         yield "Its own answers were not scored: whether they became better was not measured."

@@ -69,7 +69,9 @@ def findings(metrics: Sequence[Row], results: Row | None) -> list[Finding]:
     after = done.get("after") or (scored[-1] if scored and scored[-1]["step"] > 0 else None)
     later = [row for row in scored if row["step"] > 0]
     paired, alarms = done.get("paired_reward"), done.get("alarms") or {}
-    found = [*_course(trainings(metrics), finished="steps" in done), *_accuracy(after), *_reward(before, after, paired),
+    judging = done.get("stage") == "reward"  # then there are no answers of its own
+    found = [*_course(trainings(metrics), finished="steps" in done), *_accuracy(after),
+             *(_reward_model(done.get("reward")) if judging else _reward(before, after, paired)),
              *_kl(after, done.get("gate")), *_displacement(later, after, paired, alarms), *_length(before, after), *_fit(scored),
              *_gate(done.get("gate")), *_alarms(alarms), *_partition(done.get("partition"))]  # fmt: skip
     if any(f.level == "good" for f in found):  # what was learned in few steps was learned
@@ -83,6 +85,8 @@ def verdict(found: Sequence[Finding]) -> tuple[str, str]:
     alarm = next((f for f in found if f.level == "alarm"), None)
     ranks, pays = level.get("accuracy"), level.get("reward")
     price = next((f for f in found if f.level == "warn" and f.about in ("kl", "length", "fit")), None)
+    if "reward_model" in level and not alarm:
+        return next((f.level, f"{f.title}.") for f in found if f.about == "reward_model")
     if alarm:
         return "alarm", f"Look before you use this model: {alarm.title[0].lower()}{alarm.title[1:]}."
     if pays == "good" and price:
@@ -136,6 +140,29 @@ def _accuracy(after: Row | None) -> Iterator[Finding]:
     else:
         yield _finding("warn", "accuracy", "Held-out accuracy: not enough data to tell", text,
             "The interval includes chance. More held-out pairs narrow it; more training may move it.")  # fmt: skip
+
+
+def _reward_model(evidence: Any) -> Iterator[Finding]:
+    """What held-out data say of a reward model (`stages.reward.evidence`): how often it is right, of what is possible; how sure it is."""
+    told = evidence if isinstance(evidence, Mapping) else {}
+    inner = {key: found if isinstance(found := told.get(key), Mapping) else None for key in ("ceiling", "calibration")}
+    rate, classed = value(told, "agreement"), value(told, "classed")
+    rate, low, high = value(told, "accuracy") if classed else rate, value(told, "low"), value(told, "high")
+    ends = f" (95% interval {percent(low)} to {percent(high)})" if low is not None and high is not None else ""
+    if classed and rate is not None:
+        yield _finding("note", "reward_model", "The reward model was measured on held-out classes",
+            f"The likeliest class is the right one in {percent(rate)} of {classed:,.0f} answers{ends}.")  # fmt: skip
+    elif rate is not None:
+        sure, most = low is not None and low > 0.5, value(inner["ceiling"], "high")
+        yield _finding("good" if sure else "warn", "reward_model",
+            "The reward model learned the preferences" if sure else "The reward model: not enough data to tell",
+            f"It agrees with a drawn label in {percent(rate)} of held-out pairs{ends}.",
+            f"With such labels {percent(most)} is the most that is possible." if most is not None else "")  # fmt: skip
+    slope, least, largest = (value(inner["calibration"], key) for key in ("slope", "slope_low", "slope_high"))
+    if slope is not None and least is not None and largest is not None and (largest < 1 or least > 1):
+        yield _finding("note", "reward_model", f"The reward model is {'too sure of itself' if largest < 1 else 'surer than it says'}",
+            f"Its log-odds times {number(slope)} (95% interval {number(least)} to {number(largest)}) would be right as often as they say.",
+            "Comparing answers is not touched by that; soft labels and a KL weight are.")  # fmt: skip
 
 
 def _change(before: Row | None, after: Row | None, name: str) -> tuple[float, float, float] | None:

@@ -32,6 +32,8 @@ def run(options: Export) -> int:
     """Write the folder. Raises UsageError for a folder that no run made, a run without an adapter, or an output that is not empty;
     ModelError for a run that has not written its model; DiskError."""
     folder, final = Path(str(options.run)), Path(str(options.output))
+    if (folder / "ensemble.json").is_file():
+        raise UsageError(f"{folder}: an ensemble; export one of its members, such as {folder}/member-1")
     told = report.read_run(folder)
     stage = (told.results or {}).get("stage") or told.manifest.get("stage") or "dpo"
     if told.results is None or not (folder / "model" / "config.json").is_file():
@@ -82,8 +84,12 @@ def _converted(source: Path, target: Path, dtype: str) -> None:
     """The model in another number format, by the way that every model is loaded and saved. Raises ModelError where a value overflows."""
     from .. import models
 
-    model, tokenizer = models.load(str(source), dtype=dtype)
+    if not (source / models.REWARD).is_file():
+        models.save(*models.load(str(source), dtype=dtype), target)
+        return
+    model, tokenizer, _ = models.load_reward(str(source), dtype=dtype)
     models.save(model, tokenizer, target)
+    shutil.copyfile(source / models.REWARD, target / models.REWARD)
 
 
 def _recast(path: Path, dtype: str) -> None:

@@ -20,7 +20,7 @@ from .. import calibration, certainty, models, pipeline, report, runs
 from ..certainty import share_of
 from ..config import Reward, data_source, going_on, resolved_yaml, scored_terms
 from ..errors import DataError, UsageError, nearest
-from ..files import atomic_write, read_jsonl, require_new, write_json
+from ..files import atomic_write, read_json, read_jsonl, require_new, write_json
 from ..formats import Tally, stream
 from ..intake import Seen
 from ..objectives import Objective, preference
@@ -286,11 +286,31 @@ def ensemble(options: Reward, folder: Path) -> int:
     if options.average:
         told["average"] = averaged(options, folder, names)
     write_json(folder / ENSEMBLE, {"members": names, "held_out": told})
+    of_all(options, folder, names, told)
     for key, value in told.items():
         print(clean(f"{key:<14}{report.plain(value) if not isinstance(value, dict) else said(value)}"))
     print(clean(f"written       {folder}"))
     print(clean(f"next          preftune sample --model MODEL --data PROMPTS --k 4 --output samples.jsonl --reward model:{folder}@min"))
     return 0
+
+
+def of_all(options: Reward, folder: Path, names: Sequence[str], told: dict[str, Any]) -> None:
+    """results.json, tables and report of an ensemble: those of the mean of its members, and each of them."""
+    each = [read_json(folder / name / "results.json") for name in names]
+    mean = told.get("mean", {})
+    shares = {"rewards/accuracies": mean.get("agreement"), "accuracy_low": mean.get("low"), "accuracy_high": mean.get("high")}
+    results = {key: sum(one[key] for one in each) for key in ("steps", "seconds", "tokens")}
+    results |= {"stage": "reward", "loss": each[0]["loss"], "members": list(names), "after": {f"eval/{k}": v for k, v in shares.items()},
+                "reward": mean and mean | {"ceiling": each[0]["reward"].get("ceiling")}, "command": runs.command("reward", options),
+                "next": f"preftune score --data ANSWERS --reward model:{folder}@min --output scored.jsonl"}  # fmt: skip
+    write_json(folder / "results.json", results)
+    rows = [[name, share["agreement"], share["low"], share["high"]] for name, share in told.items() if isinstance(share, dict)]
+    if rows:
+        text = f"On a held-out pair the gap of two members differs by {told['spread']:.3f} (standard deviation, mean over pairs)."
+        write_json(folder / "extra.json", {"title": "The members", "paragraphs": [text], "tables": [
+            {"caption": "Agreement with held-out labels", "columns": ["", "agreement", "95% from", "to"], "rows": rows}]})  # fmt: skip
+    if options.report:
+        report.write(folder)
 
 
 def said(share: dict[str, Any]) -> str:
