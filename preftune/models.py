@@ -318,6 +318,12 @@ def with_scalar_head(model: Any, *, seed: int | Sequence[int], classes: Sequence
     return prepare(out)
 
 
+def is_reward(name: str, *, offline: bool = False) -> bool:
+    """Whether a model, known by its configuration, is one that `load_reward` reads. Raises as `load` does."""
+    folder = _folder(name, offline=offline, weights=False)
+    return not is_adapter(folder) and _scores(_check_folder(folder, weights=False))
+
+
 def load_reward(name: str, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
     """A reward model, its tokeniser, and what reward.json says of it ({} for a model of another program).
 

@@ -403,11 +403,7 @@ def _members(spec: str, folder: str, how: str) -> list[str]:
 def _reward_model(place: str, loading: dict[str, Any], micro_tokens: int) -> Member:
     model, tokenizer, facts = models.load_reward(place, **loading)
     shift, scale = facts.get("shift", 0.0), facts.get("scale", 1.0)
-    own = facts.get("codec")
-    try:
-        codec = Codec(tokenizer, **{k: own[k] for k in CODEC}) if own else make_codec(tokenizer)
-    except (KeyError, TypeError):
-        raise DataError(f"'codec' lacks one of {', '.join(CODEC)}", path=f"{place}: {models.REWARD}") from None
+    codec = reward_codec(tokenizer, facts, place)
 
     def read(store: Store) -> np.ndarray:
         return (scores_of(model, store, micro_tokens=micro_tokens, device=loading["device"]) - shift) / scale
@@ -416,6 +412,15 @@ def _reward_model(place: str, loading: dict[str, Any], micro_tokens: int) -> Mem
 
 
 CODEC = ("template", "template_name", "bos", "eos", "finish", "control_tokens")
+
+
+def reward_codec(tokenizer: Any, facts: Mapping[str, Any], place: str) -> Codec:
+    """How a reward model's texts become ids: as its reward.json says, else as its tokeniser does. Raises DataError."""
+    own = facts.get("codec")
+    try:
+        return Codec(tokenizer, **{k: own[k] for k in CODEC}) if own else make_codec(tokenizer)
+    except (KeyError, TypeError):
+        raise DataError(f"'codec' lacks one of {', '.join(CODEC)}", path=f"{place}: {models.REWARD}") from None
 
 
 def scores_of(model: Any, store: Store, *, micro_tokens: int, device: str,

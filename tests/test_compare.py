@@ -239,6 +239,20 @@ def test_answers_are_matched_by_instruction(tmp_path, capsys):
         compare.from_files([str(tmp_path / "x.json"), str(tmp_path / "z.json")])
 
 
+def test_what_was_decided_is_alpacaevals_annotations_and_is_read_back(place, tmp_path):
+    """B is the baseline: their win rate, the mean of preference - 1, is A's; as a data file the rows are votes and judgements again."""
+    assert compare.run(options(place, output=str(tmp_path / "out"))) == 0
+    rows, facts = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("annotations", "results"))
+    assert len(rows) == 12 and np.mean([row["preference"] - 1 for row in rows]) == pytest.approx(facts["win_rate"])
+    assert {(row["generator_1"], row["generator_2"]) for row in rows} == {(str(place / "two"), str(place / "one"))}
+    assert {row["annotator"] for row in rows} == {f"python:{place}/rule.py:even"} and {row["preference"] for row in rows} <= {1.0, 1.5, 2.0}
+    path = str(tmp_path / "out" / "annotations.json")
+    kept = [d for d in compare.from_votes([path], [str(place / "one"), str(place / "two")])]
+    assert compare.results(kept, ["A", "B"], "votes", seed=0)["win_rate"] == pytest.approx(facts["win_rate"])
+    assert compare.run(options(place, reward=None, output=str(tmp_path / "open"))) == 0
+    assert not (tmp_path / "open" / "annotations.json").exists(), "nobody decided"
+
+
 def vote(order=None, labels=None, *, first="A", prompt="p", **more):
     sides = [{"text": "good", "source": {"model": first}}, {"text": "bad", "source": {"model": {"A": "B", "B": "A"}[first]}}]
     row = {"prompt": prompt, "responses": sides}

@@ -12,12 +12,14 @@ import pytest
 import torch
 from test_exact_path import draw_without_cache, t3_store
 
-from preftune import evaluate
+from preftune import evaluate, models
 from preftune.config import Evaluate
 from preftune.errors import DataError, UsageError
 from preftune.exact import BOS, LIMIT, T3, TableModel
 from preftune.objectives import preference
 from preftune.readout import hidden_states, prefix_entropy, response_sums
+from preftune.records import Response
+from preftune.rewards import scorer
 from preftune.stages import evaluate as stage
 from preftune.store import from_ids
 
@@ -179,6 +181,29 @@ def test_every_part_is_there_and_is_json(place, tmp_path, capsys):
     assert "accuracy" in shown.out and "longer answer" in shown.out and "written" in shown.err
     with pytest.raises(UsageError, match="exists already"):
         stage.run(options(place, **out))
+
+
+def test_a_reward_model_on_rewardbench(place, tmp_path):
+    """Per subset with intervals, what its own scores say; the fields of the benchmark; nothing is sampled, nothing read another way."""
+    net = models.with_scalar_head(models.prepare(make.model()), seed=1)
+    models.save(net, make.tokenizer(), tmp_path / "judge")
+    bench, spec = str(place / "bench.jsonl"), f"model:{tmp_path / 'judge'}"
+    facts = stage.evaluated(options(place, model=str(tmp_path / "judge"), reference=None, data=[bench], reward=[spec]))
+    (file,) = facts["files"]
+    rows = [json.loads(line) for line in Path(bench).read_text().splitlines()]
+    score = scorer(spec)
+    good, bad = (score([r["prompt"] for r in rows], [Response(r[side]) for r in rows]) for side in ("chosen", "rejected"))
+    assert file["metrics"]["rewards/margins"] == pytest.approx((good - bad).mean(), abs=1e-5) and "samples" not in file
+    assert file["metrics"]["loss"] == pytest.approx(np.log1p(np.exp(bad - good)).mean(), abs=1e-5)
+    for name, mine in (("odd", slice(1, None, 2)), ("<b>even</b>", slice(0, None, 2))):
+        share = float((good > bad)[mine].mean())
+        found = file["subsets"][name]
+        assert found["accuracy"] == share == facts["rewardbench"]["extra_results"][name] and found["low"] < share < found["high"]
+        assert file["judges"][0]["subsets"][name] == found, "the same model as a reward beside it"
+    assert facts["rewardbench"]["accuracy"] == pytest.approx((good > bad).mean()) and facts["rewardbench"]["ref_model"] is None
+    for change in ({"reference": str(place / "base")}, {"implicit": True}, {"loss": "simpo"}, {"beta": 0.3}, {"template": "plain"}):
+        with pytest.raises(UsageError, match=f"--{next(iter(change))} has no effect: .* is a reward model"):
+            stage.evaluated(options(place, **{"model": str(tmp_path / "judge"), "reference": None} | change))
 
 
 def test_the_accuracy_is_that_of_training(place):

@@ -385,6 +385,22 @@ def test_steps_are_the_beginnings_of_an_answer(tmp_path):
     assert refused({**row, "completions": ["a", " ", "b"]}, tmp_path).startswith("completions[1]: only white space")
 
 
+def test_alpaca_evals_annotations(tmp_path):
+    row = {"instruction": "Add.", "input": "2, 2", "output_1": "5", "generator_1": "base", "output_2": "4", "generator_2": "mine",
+           "annotator": "x"}  # fmt: skip
+    meant = {1: (((0,), (1,)), None), 2.0: (((1,), (0,)), None), 0: (((0, 1),), None), 1.5: (((0, 1),), None),
+             1.9: (((1,), (0,)), pytest.approx(0.9)), 1.2: (((0,), (1,)), pytest.approx(0.8))}  # fmt: skip
+    for preference, (order, prob) in meant.items():
+        record = one({**row, "preference": preference}, tmp_path)
+        (judgement,) = record.judgements
+        assert (judgement.order, judgement.prob, judgement.by) == (order, prob, "x") and record.prompt[0].content == "Add.\n\n2, 2"
+        assert [dict(r.source) for r in record.responses] == [{"model": "base"}, {"model": "mine"}] and not record.meta
+    for wrong in (3, -1, 0.5, None):
+        assert refused({**row, "preference": wrong}, tmp_path).startswith("preference: ")
+    bare = one({key: row[key] for key in ("instruction", "output_1", "output_2")} | {"preference": 1}, tmp_path)
+    assert bare.responses[0].source is None and bare.judgements[0].by is None
+
+
 def test_unpaired_labels(tmp_path):
     record = one({"messages": [*ASK, GOOD, AGAIN, BAD], "label": False}, tmp_path)
     assert len(record.prompt) == 4 and record.responses == (Response((assistant("5"),)),)

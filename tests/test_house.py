@@ -71,8 +71,8 @@ BUDGET: dict[str, int] = {
     "pipeline": 800,  # a run from files or from the policy's own answers to report, which every verb that trains shares
     "config": 1300,  # half are the options of two dozen verbs, the rest reads them strictly from words, YAML, runs and the losses' text
     "losses": 1900,  # every loss with its source and three numbers, a file per kind of item
-    "stages": 4150,  # a file per verb
-    "formats": 1350,  # what rows mean: a function per layout; kinds of files; reading: three files
+    "stages": 4250,  # a file per verb
+    "formats": 1400,  # what rows mean: a function per layout; kinds of files; reading: three files
     "report": 1650,  # numbers into sentences, into curves, into pages and a model card: a file per kind of page
     "ratings": 1600,  # four models of comparisons, whether ratings exist, three kinds of intervals, six kinds of rows: five files
     "engine": 460,  # the one loop; with passes that are cut again where memory runs out

@@ -449,6 +449,21 @@ def _llmbar(row: Row) -> Record:
                    judgements=(Judgement(((label - 1,), (2 - label,))),))  # fmt: skip
 
 
+def _annotated(row: Row) -> Record:
+    """AlpacaEval's annotations: from 1, `output_1` is better, to 2; 0 and 1.5 are draws. What lies between is a probability."""
+    value, sides = _number(row["preference"], "preference"), ("output_1", "output_2")
+    if value is None or (value != 0 and not 1 <= value <= 2):
+        raise DataError(f"{_show(row['preference'])}, expected 1 (output_1 is better) to 2 (output_2), or 0 (a draw)", field="preference")
+    generators, by = (row.get("generator_1"), row.get("generator_2")), row.get("annotator")
+    responses = [Response(_string(row[side], side), source={"model": name} if isinstance(name, str) and name else None)
+                 for side, name in zip(sides, generators, strict=True)]  # fmt: skip
+    order = ((0, 1),) if value in (0, 1.5) else ((0,), (1,)) if value < 1.5 else ((1,), (0,))
+    prob = None if value in (0, 1, 1.5, 2) else abs(value - 1.5) + 0.5
+    used = ("instruction", "input", "system", *sides, "generator_1", "generator_2", "annotator", "preference")
+    return _record(row, _instructed(row), responses, used=used,
+                   judgements=(Judgement(order, prob=prob, by=by if isinstance(by, str) and by else None),))  # fmt: skip
+
+
 def _safe_rlhf(row: Row) -> Record:
     """A prompt with two responses; `better_response_id`, 0 or 1, is the better one."""
     better = row["better_response_id"]
@@ -624,6 +639,11 @@ FORMATS: dict[str, Format] = {
         ("input", "output", "system", *SCORES)),
     "llmbar": Format(("input", "output_1", "output_2", "label"), _llmbar, "two outputs and which is better",
                      {"input": "2+2?", "output_1": "4", "output_2": "5", "label": 1}),
+    "instruction-outputs-preference": Format(
+        ("instruction", "output_1", "output_2", "preference"), _annotated,
+        "AlpacaEval's annotations: two outputs and a preference from 1 to 2",
+        {"instruction": "Add.", "input": "2, 2", "output_1": "5", "generator_1": "base", "output_2": "4", "generator_2": "mine",
+         "annotator": "people", "preference": 2}, ("input", "system", "generator_1", "generator_2", "annotator")),
     "better-response-id": Format(("prompt", "response_0", "response_1", "better_response_id"), _safe_rlhf, "PKU-SafeRLHF's rows",
                                  {"prompt": "2+2?", "response_0": "5", "response_1": "4", "better_response_id": 1}),
     "conversations-chosen-rejected": Format(

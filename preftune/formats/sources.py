@@ -33,8 +33,8 @@ TABLES = (".parquet", ".arrow", ".feather")
 SUFFIXES = (*LINES, *TABLES)
 HUB = "hub:"
 # Columns of CSV whose cells are JSON (a number, true, a list); an empty cell is null. All other cells are text as it stands.
-JSON_CELLS = ("label", "labels", "completions", "ranks", "scores", "score_chosen", "score_rejected", "responses", "judgements", "messages",
-              "conversations", "meta")  # fmt: skip
+JSON_CELLS = ("label", "labels", "completions", "ranks", "scores", "preference", "score_chosen", "score_rejected", "responses",
+              "judgements", "messages", "conversations", "meta")  # fmt: skip
 
 Found = tuple[int, int, Any]
 BLANK = object()

@@ -356,6 +356,13 @@ def record_of(duel: Duel, by: str | None) -> Record:
     return Record(duel.prompt, (duel.a, duel.b), judgements)
 
 
+def annotated(duels: Sequence[Duel], by: str | None) -> list[dict[str, Any]]:
+    """What was decided as AlpacaEval's rows: B is the baseline, 1 says that it is better, 2 that A is, 1.5 a draw."""
+    return [{"instruction": as_text(d.prompt), "output_1": as_text(d.b.text), "generator_1": dict(d.b.source or {}).get("model", ""),
+             "output_2": as_text(d.a.text), "generator_2": dict(d.a.source or {}).get("model", ""), "annotator": by,
+             "preference": 1 + d.wins} for d in duels if d.wins is not None]  # fmt: skip
+
+
 # ---------------------------------------------------------------- the verb
 
 
@@ -385,6 +392,8 @@ def compared(options: Compare) -> dict[str, Any]:
             say(f"{len(duels) - len(fit)} comparisons are not in comparisons.jsonl: an answer is empty or holds what no data file may hold")
         atomic_write(folder / "comparisons.jsonl", "".join(json.dumps(to_json(record_of(d, by)), ensure_ascii=False) + "\n" for d in fit))
         write_json(folder / "results.json", facts)
+        if facts["wins"] is not None:
+            write_json(folder / "annotations.json", annotated(duels, by))
         shown = [{"prompt": as_text(d.prompt), "a": as_text(d.a.text), "b": as_text(d.b.text), "score_a": d.a.score, "score_b": d.b.score,
                   "won": {1.0: "a", 0.0: "b", 0.5: "tie", None: "open"}[d.wins]} for d in duels]  # fmt: skip
         atomic_write(folder / "compare.html", comparison_page(facts, shown))

@@ -24,7 +24,7 @@ from ..formats import read
 from ..objectives import Objective, preference
 from ..records import Record, Response, Text, as_text, prompt_key
 from ..report.evaluated import evaluation_page
-from ..rewards import Scorer, scorer
+from ..rewards import Scorer, reward_codec, scorer
 from ..screen import bar, clean, say
 from ..store import MISMATCHED, Store, build
 from ..tokens import Codec, encode_prompt, make_codec
@@ -68,16 +68,27 @@ def of_run(options: Evaluate) -> Evaluate:
     return replace(options, **found)
 
 
+def of_judge(options: Evaluate) -> Evaluate:
+    """The options for a reward model, which scores answers and gives none. Raises UsageError for what it has no use for."""
+    usual = Evaluate()
+    for name in ("reference", "implicit", "tokens", "loss", "beta", "loss_arguments", "template", "bos", "finish", "control_tokens"):
+        if getattr(options, name) != getattr(usual, name):
+            flag = "--loss.NAME" if name == "loss_arguments" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} has no effect: {options.model} is a reward model, read as its reward.json says")
+    return replace(options, sample_prompts=0)
+
+
 def evaluated(options: Evaluate) -> dict[str, Any]:
     """Everything that --output writes, as a dict. Raises DataError (file:line), ModelError, UsageError."""
     for flag, name in (("--output", options.output), ("--page", options.page)):
         if name and Path(name).exists():
             raise UsageError(f"{flag} {name}: exists already; name a new file")
-    options = of_run(options)
-    terms = loss_terms(options)
+    judge = models.is_reward(str(options.model), offline=options.offline)
+    options = of_judge(options) if judge else of_run(options)
+    terms = [(1.0, "bradley-terry", {"margin": 0.0})] if judge else loss_terms(options)
     if learns_value(options):
         raise UsageError(f"--loss {options.loss}: its value model stays in the checkpoints of its run; name another, such as sigmoid")
-    objective = preference(terms, label_smoothing=options.label_smoothing or 0.0)
+    objective = preference(terms, label_smoothing=options.label_smoothing or 0.0, read="scalar" if judge else "logps")
     if options.reference is None and (objective.reference != "none" or options.implicit or options.tokens):
         what = "--implicit" if options.implicit else "--tokens" if options.tokens else f"the loss {objective.name}"
         raise UsageError(f"{what} needs --reference MODEL: {options.model} is no run folder that would name it")
@@ -85,13 +96,18 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
     rules = [scorer(spec, device=device, dtype=options.dtype, offline=options.offline) for spec in options.reward]
     readings = {data_source(name)[0]: read([name], format=options.format, skip_bad=options.skip_bad, max_records=options.max_records)
                 for name in options.data}  # fmt: skip
-    model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+    loading: dict[str, Any] = {"dtype": options.dtype, "device": device, "offline": options.offline}
+    if judge:
+        model, tokenizer, read_by = models.load_reward(str(options.model), **loading)
+        codec = reward_codec(tokenizer, read_by, str(options.model))
+    else:
+        model, tokenizer = models.load(str(options.model), **loading)
+        codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
+                           control_tokens=options.control_tokens)  # fmt: skip
     torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
-    codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
-                       control_tokens=options.control_tokens)  # fmt: skip
     frozen, weights = None, ""
     if options.reference is not None:
-        frozen, _ = models.load(options.reference, dtype=options.dtype, device=device, offline=options.offline)
+        frozen, _ = models.load(options.reference, **loading)
         weights = models.weights_fingerprint(options.reference, offline=options.offline)
     subject = Subject(model, frozen, codec, tokenizer, device, weights)
     beta = next((numbers[key] for _, _, numbers in terms for key in ("beta", "tau") if key in numbers), None)
@@ -215,7 +231,8 @@ def _judges(ratio: np.ndarray | None, rules: Sequence[Scorer], records: Sequence
     judges = []
     for name, wins in right.items():
         share, low, high = certainty.share_of(wins, cluster)
-        judges.append({"judge": name, "accuracy": share, "low": low, "high": high, "ties": int((wins == 0.5).sum())})
+        judges.append({"judge": name, "accuracy": share, "low": low, "high": high, "ties": int((wins == 0.5).sum()),
+                       "subsets": _subsets(wins, [records[place[i][0]] for i in pair[:, 0]], cluster)})  # fmt: skip
     first, *others = right
     return {"judges": judges, "differences": [_difference(first, other, right[first] - right[other], cluster) for other in others]}
 
