@@ -230,6 +230,7 @@ class OnPolicy(Training):
     reward: str | None = option(None, "what scores the answers: lexicon:FILE, python:FILE.py:FUNCTION, model:FOLDER or implicit:POLICY@REFERENCE (docs/reward.md)", shows="REWARD", required=True, pattern=REWARD)
     k: int | None = option(None, "answers per prompt. Default: 2; 1 for --advantage gae, 4 for rloo and group", low=1)
     rollout_prompts: int | None = option(None, "prompts that are sampled from before the policy moves. Default: --batch-size", group="training", low=1)
+    passes: int = option(1, "passes over the answers of a round", group="training", low=1)
     temperature: float = option(1.0, "divides the logits when sampling, and wherever log-probs of these samples are read", group="training", low=0, open_low=True)
     eos_penalty: float = option(0.0, "what an answer loses of its reward that reached --sample-tokens without an end", group="training", low=0)
 
@@ -262,7 +263,6 @@ class OnlineDpo(Losses, OnPolicy):
     """Tune a model on pairs of its own answers, judged by a reward while it learns: online DPO and any other pair loss."""
 
     EXAMPLE = "preftune online --model MODEL --data prompts.txt --reward python:judge.py:judge --output runs/online"
-    passes: int = option(1, "passes over the pairs of a round", group="training", low=1)
     pairs: str = option("best-worst", "which answers of a prompt make its pair: the best and the worst, or two at random", group="training", choices=("best-worst", "random"))
 
 

@@ -135,7 +135,7 @@ def table(points: Sequence[Point], *, limit: float | None = None, at: Sequence[f
     """
     limit = limit or max(p.kl for p in points)
     at = [kl for kl in at if kl <= limit]
-    start = {p.seed: p for p in points if p.step == 0 and p.kl == 0}
+    start = {p.seed: p for p in points if p.step == 0}
     origin = float(np.mean([p.reward for p in start.values()])) if start else None
     names = list(dict.fromkeys(p.method for p in points))
     curves: dict[str, dict[int, Curve]] = {}
@@ -144,7 +144,7 @@ def table(points: Sequence[Point], *, limit: float | None = None, at: Sequence[f
         curves[name] = {}
         for seed in sorted({p.seed for p in own}):
             first = start[seed].reward if seed in start else origin
-            found = [(p.kl, p.reward) for p in own if p.seed == seed]
+            found = [(p.kl, p.reward) for p in own if p.seed == seed and p.step]
             curves[name][seed] = hull([*found, *([(0.0, first)] if first is not None else [])])
     methods = {}
     for name in names:

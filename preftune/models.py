@@ -573,3 +573,10 @@ def checkpoint_layers(model: nn.Module) -> None:
 def parameters_of(model: nn.Module) -> int:
     """Number of weights, trained or not."""
     return sum(p.numel() for p in model.parameters())
+
+
+def use_threads(model: nn.Module, wanted: int | None) -> int:
+    """Compute with so many threads; by default with one for a tiny model, which is slower with two, and else with one a core."""
+    threads = wanted or (1 if parameters_of(model) < 1_000_000 else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    return threads

@@ -43,7 +43,7 @@ from .readout import packs, scores
 from .records import Record, Text
 from .rewards import KINDS, scorer
 from .sampling import sample
-from .screen import bar, clean, say
+from .screen import bar, clean, say, with_error, with_interval
 from .store import Store, from_ids
 from .tokens import Codec, encode_prompt, end_ids, make_codec
 
@@ -53,11 +53,9 @@ class Rolls:
     """What sets a verb whose answers are the policy's own apart from one that reads them.
 
     Args:
-        rounds: (prompts, options) -> which prompts make which step. k: options -> answers per prompt. kept: options -> what rounds carry.
-        make: options -> how a round is made.
+        k: options -> answers per prompt. kept: options -> what rounds carry. make: options -> how a round is made.
     """
 
-    rounds: Callable[[int, Any], rollouts.Rounds]
     k: Callable[[Any], int]
     kept: Callable[[Any], rollouts.Kept]
     make: Callable[[Any], rollouts.Make]
@@ -132,6 +130,11 @@ class Setup:
     texts: Callable[[int], Text]
     reward: Any | None
     learner: Any = None
+
+
+def prompt_alone(record: Record, options: OnPolicy) -> Record:
+    """What a verb reads whose answers are the policy's own."""
+    return Record(record.prompt, (), where=record.where)
 
 
 def sampled(options: Fitting) -> Training:
@@ -236,7 +239,7 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     size = models.parameters_of(model)
     if options.adapter == "continue":
         model = adapters.go_on(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
-    torch.set_num_threads(options.threads or (1 if size < 1_000_000 else os.cpu_count() or 1))
+    models.use_threads(model, options.threads)
     if refusal := models.packing_refusal(model.config):
         say(f"one row per response: {refusal}")
     codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
@@ -372,7 +375,10 @@ def _order(task: Task, options: Fitting, records: int, *, fresh: bool) -> Order 
     """Which records make which step. Raises DataError for none, UsageError for a reference that would never move."""
     if not records:
         raise DataError("no training prompt can be used")
-    order = task.rolls.rounds(records, options) if task.rolls else Order(records, options.batch_size, options.epochs, options.seed)
+    order: Order | rollouts.Rounds = Order(records, options.batch_size, options.epochs, options.seed)
+    if isinstance(options, OnPolicy):
+        size = options.rollout_prompts or options.batch_size
+        order = rollouts.Rounds(records, size, options.batch_size, options.passes, options.epochs, options.seed)
     total = min(options.max_steps or order.steps, order.steps)
     if (follows := task.moving(options)) and follows[1] > total:
         raise UsageError(f"--reference-every {follows[1]}: the run has {total} steps, so its reference would never move")
@@ -654,16 +660,9 @@ def watch(options: Training, state: engine.State, gate: monitors.Gate | None, li
     return kept_step(options, state.watch) != before
 
 
-def with_error(line: Mapping[str, Any], name: str, digits: int) -> str:
-    """'1.23 ± 0.04', or the mean alone where one observation has no error."""
-    error = line[f"{name}_se"]
-    return f"{line[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def with_interval(line: Mapping[str, Any]) -> str:
-    """'0.872 [0.809, 0.917]', or the share alone where there is but one prompt."""
-    low, high = line["eval/accuracy_low"], line["eval/accuracy_high"]
-    return f"{line['eval/rewards/accuracies']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+def accuracy(line: Mapping[str, Any]) -> str:
+    """That of an evaluation, with its interval."""
+    return with_interval(line["eval/rewards/accuracies"], line["eval/accuracy_low"], line["eval/accuracy_high"])
 
 
 def describe(line: Mapping[str, Any]) -> str:
@@ -672,11 +671,11 @@ def describe(line: Mapping[str, Any]) -> str:
     if "eval/loss" in line:
         words.append(f"loss {line['eval/loss']:.4f}")
     if "eval/rewards/accuracies" in line:
-        words.append(f"accuracy {with_interval(line)}")
+        words.append(f"accuracy {accuracy(line)}")
     if "kl_sequence_rb" in line:
-        words.append(f"KL {with_error(line, 'kl_sequence_rb', 2)} nats")
+        words.append(f"KL {with_error(line['kl_sequence_rb'], line['kl_sequence_rb_se'], '.2f')} nats")
     if "reward" in line:
-        words.append(f"reward {with_error(line, 'reward', 3)}")
+        words.append(f"reward {with_error(line['reward'], line['reward_se'], '.3f')}")
     return "  ".join(words)
 
 
@@ -763,10 +762,9 @@ def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -
     """The five lines that end a run."""
     after, lines = results["after"], []
     if "eval/rewards/accuracies" in after:
-        lines.append(f"accuracy      {with_interval(after)} on {after['eval/pairs']} held-out pairs")
+        lines.append(f"accuracy      {accuracy(after)} on {after['eval/pairs']} held-out pairs")
     elif "classed" in (told := results.get("reward", {})):
-        ends = "" if told["low"] is None else f" [{told['low']:.3f}, {told['high']:.3f}]"
-        lines.append(f"accuracy      {told['accuracy']:.3f}{ends} of {told['classed']} held-out classes")
+        lines.append(f"accuracy      {with_interval(told['accuracy'], told['low'], told['high'])} of {told['classed']} held-out classes")
     elif "eval/loss" in after:
         lines.append(f"loss          {results['before']['eval/loss']:.4f} -> {after['eval/loss']:.4f}, held out")
     if most := results.get("reward", {}).get("ceiling"):
@@ -776,7 +774,7 @@ def summary_lines(folder: Path, results: Mapping[str, Any], page: Path | None) -
         sure = results["reward"]["calibration"]
         lines.append(f"calibration   ECE {sure['ece']:.3f}, {sure['chance']:.3f} by chance")
     if "kl_sequence_rb" in after:
-        lines.append(f"KL            {with_error(after, 'kl_sequence_rb', 2)} nats a response "
+        lines.append(f"KL            {with_error(after['kl_sequence_rb'], after['kl_sequence_rb_se'], '.2f')} nats a response "
                      f"({after['kl_token_rb']:.3f} a token), on fresh samples")  # fmt: skip
     if results["paired_reward"]:
         paired = results["paired_reward"]

@@ -19,6 +19,20 @@ def clean(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDDEN else f"<U+{ord(c):04X}>" for c in text)
 
 
+def with_interval(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
+    """'0.712 [0.650, 0.770]'; the value alone where it has no interval, a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+
+
+def with_error(value: float | None, error: float | None, form: str = ".4f", error_form: str = "") -> str:
+    """'1.23 ± 0.04'; the value alone where it has no error, a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{error_form or form}}")
+
+
 def say(text: str = "") -> None:
     """A line on stderr: progress never mixes with what a verb writes to stdout."""
     print(text, file=sys.stderr, flush=True)

@@ -7,9 +7,9 @@ import os
 import platform
 import pty
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,15 +32,16 @@ def preftune(*words: str, env: dict[str, str] | None = None, cwd: Path | None = 
 
 @pytest.mark.parametrize("words", ["--help", "dpo --help", "dpo --help-all", "dpo --help-losses", "dpo --bta 1"])
 def test_help_and_refusals_are_quick(words, capsys):
-    """The goal is 0.3 s on a quiet machine; the limit here leaves room for a busy one."""
+    """Seconds of the processor: what a person waits for on a quiet machine (the goal: 0.3), and what a busy one does not change."""
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         preftune(*words.split())
-        seconds.append(time.perf_counter() - begin)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     with capsys.disabled():
         print(f"\n  preftune {words}: {min(seconds):.3f} s", end="")
-    assert min(seconds) <= 0.6
+    assert min(seconds) <= 0.45
 
 
 @pytest.mark.parametrize("words", [["--help"], ["dpo", "--help-all"], ["dpo", "--help-losses"],

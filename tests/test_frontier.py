@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preftune import cli, exact, models
+from preftune import cli, exact, frontier, models
 from preftune.frontier import Point, area, best_of_n, best_of_n_kl, height, hull, over_seeds, points_of, table
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -149,11 +149,11 @@ def test_every_method_stands_in_one_table_measured_alike(done):
     folder, _ = done
     facts = json.loads((folder / "frontier.json").read_text())
     assert list(facts["methods"]) == ["best-of-n", "preferred-ft", "rejection", "dpo"] and not facts["failed"]
-    starts = [p for p in facts["points"] if p["step"] == 0]
+    starts = [p for p in facts["points"] if p["step"] == 0 and p["method"] != "best-of-n"]
     assert len(starts) == 6 and all(abs(p["kl"]) < 1e-4 for p in starts)
     for seed in (0, 1):  # the same prompts, the same draws: every method's start is one point
         assert len({p["reward"] for p in starts if p["seed"] == seed}) == 1
-    assert {p["setting"] for p in facts["points"] if p["method"] == "best-of-n"} == {"n 2", "n 4"}
+    assert {p["setting"] for p in facts["points"] if p["method"] == "best-of-n"} == {"n 1", "n 2", "n 4"}
     train, held = ({json.loads(line)["prompt"] for line in (folder / name).open()} for name in ("train.jsonl", "held.jsonl"))
     assert not train & held and len(held) == 4
     accepted = [json.loads(line) for line in (folder / "runs" / "rejection-0.5-0.jsonl").open()]
@@ -180,6 +180,24 @@ def test_the_same_command_goes_on_and_another_is_refused(done, capsys):
     assert changed <= {"dpo-0.1-1"} and (folder / "runs" / "dpo-0.1-1" / "results.json").is_file()
     assert cli.main([*given, "--seed", "5"]) == 2
     assert "other options" in capsys.readouterr().err
+
+
+def test_best_of_n_stopped_between_two_n_goes_on_with_every_n(place, monkeypatch):
+    given = words(place, "drawn", "--methods", "best-of-n", "--best-of", "2", "4", "--best-of-samples", "8")
+    calls, real = [], best_of_n
+
+    def stop(proxy, truth, n):
+        calls.append(n)
+        if calls.count(4) > 3:  # three prompts: the first seed is done, of the second n = 1 and 2
+            raise make.Stopped
+        return real(proxy, truth, n)
+
+    with monkeypatch.context() as patch, pytest.raises(make.Stopped):
+        patch.setattr(frontier, "best_of_n", stop)
+        cli.main(given)
+    assert calls[-2:] == [2, 4] and cli.main(given) == 0
+    points = json.loads((place / "drawn" / "frontier.json").read_text())["points"]
+    assert [(p["seed"], p["setting"]) for p in points] == [(s, f"n {n}") for s in (0, 1) for n in (1, 2, 4)]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(place, done):

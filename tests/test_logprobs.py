@@ -50,10 +50,10 @@ def by_hand(folder: Path, texts: list[tuple[str, str]]) -> list[float]:
             longest = max(map(len, rows))
             ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows])
             mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
-            logits = model(input_ids=ids, attention_mask=mask).logits.double()
+            logits = model(input_ids=ids, attention_mask=mask).logits
             for row, start, logit in zip(rows, starts, logits, strict=True):
-                logp = logit.log_softmax(-1)
-                out.append(sum(float(logp[t - 1, row[t]]) for t in range(start, len(row))))
+                logp = logit[start - 1 : len(row) - 1].double().log_softmax(-1)
+                out.append(sum(logp[torch.arange(len(logp)), torch.tensor(row[start:])].tolist()))
     return out
 
 

@@ -276,6 +276,15 @@ def test_an_ensemble_is_trained_once_and_goes_on(options, tmp_path, monkeypatch,
     torch.testing.assert_close(mean.score.weight, torch.stack(each).mean(0))
 
 
+def test_an_average_of_which_nothing_can_be_told(options, tmp_path, capsys):
+    """No held-out pair: the members and their average are written all the same."""
+    folder = tmp_path / "ensemble"
+    more = {"members": 2, "average": True, "holdout": 0.0, "max_steps": 1, "batch_size": 40, "report": True}
+    assert stage.run(replace(options, output=str(folder), **more)) == 0
+    assert json.loads((folder / "ensemble.json").read_text())["held_out"] == {} and "\naverage " not in capsys.readouterr().out
+    assert len(scorer(f"model:{folder}")(["p"], [Response(" a")])) == 1
+
+
 def test_a_refused_ensemble_leaves_nothing(options, tmp_path):
     with pytest.raises(PreftuneError):
         stage.run(replace(options, model="./nowhere", members=2))

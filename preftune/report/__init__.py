@@ -380,11 +380,15 @@ def key_numbers(run: Run) -> list[Tile]:
 
 
 def _render(template: str, shown: Mapping[str, Any]) -> str:
+    return filled(template, shown, plain=plain, short=lambda x: plain(x) if finite(x) is None else number(x))
+
+
+def filled(template: str, shown: Mapping[str, Any], **filters: Callable[..., Any]) -> str:
+    """A template with its contents; every text that is not markup of ours is shown, never obeyed."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    page = Environment(loader=PackageLoader("preftune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                       lstrip_blocks=True,
+    page = Environment(loader=PackageLoader("preftune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                        finalize=lambda found: found if isinstance(found, Markup) else visible(found))  # fmt: skip
-    page.filters.update(marked=marked, plain=plain, short=lambda x: plain(x) if finite(x) is None else number(x))
+    page.filters |= {"marked": marked, "percent": percent} | filters
     return page.get_template(template).render(shown)

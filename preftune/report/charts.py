@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 from .findings import Z95, Row, value
 
@@ -124,40 +125,46 @@ def draw(chart: Chart, training: Sequence[Row], scored: Sequence[Row]) -> str:
     found = [(line, dots) for line, dots in found if len(dots) > 1]
     if not found:
         return ""
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9, "path.simplify": True}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
-        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+    def fill(axes: Any) -> None:
         for line, dots in found:
             x, y, low, high = zip(*dots, strict=True)
             colour, few = COLOURS[line.colour], any(line.key in row for row in scored)
             if line.band:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(x, y, color=colour, linewidth=1.8 if few else 1.2, marker="o" if few else None, markersize=3.2)
-        _dress(axes, chart)
+        for rule in (*chart.rules, *(() if chart.rule is None else (chart.rule,))):
+            axes.axhline(rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
+
+    return plot(chart.title, (4.8, 2.7), fill, x=AXES[chart.x], y=chart.unit, grid="y")
+
+
+def plot(title: str, size: tuple[float, float], fill: Callable[[Any], None], *, x: str, y: str,
+         grid: Literal["both", "x", "y"] = "both") -> str:  # fmt: skip
+    """What `fill` draws on axes of the page's look, as an SVG element; x, y: their names. The same drawing gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a missing glyph: the reader's font will have it
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "path.simplify": True})
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(COLOURS["grid"])
+        axes.tick_params(color=COLOURS["grid"], labelcolor=COLOURS["axis"])
+        axes.grid(axis=grid, color=COLOURS["grid"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(x, color=COLOURS["axis"])
+        axes.set_ylabel(y, color=COLOURS["axis"])
+        fill(axes)
         buffer = StringIO()
         figure.savefig(buffer, format="svg", transparent=True)  # the date in its metadata is cut out below
-    return page_svg(buffer.getvalue(), chart)
+    return _element(buffer.getvalue(), title)
 
 
-def _dress(axes: Any, chart: Chart) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(COLOURS["grid"])
-    axes.tick_params(color=COLOURS["grid"], labelcolor=COLOURS["axis"])
-    axes.grid(axis="y", color=COLOURS["grid"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(AXES[chart.x], color=COLOURS["axis"])
-    axes.set_ylabel(chart.unit, color=COLOURS["axis"])
-    for rule in (*chart.rules, *(() if chart.rule is None else (chart.rule,))):
-        axes.axhline(rule, color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
-
-
-def page_svg(text: str, chart: Chart) -> str:
+def _element(text: str, title: str) -> str:
     """matplotlib's document as an element of the page: colours become variables, fonts and size are the page's."""
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -166,4 +173,4 @@ def page_svg(text: str, chart: Chart) -> str:
         text = text.replace(colour, f"var(--{name})")
     head, body = text.split(">", 1)
     text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
-    return text.replace("<svg ", f'<svg role="img" aria-label="{chart.title}" ', 1).strip()
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1).strip()

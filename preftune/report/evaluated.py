@@ -9,32 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..screen import with_error, with_interval
+
 
 def _page(template: str, **contents: Any) -> str:
-    """A template filled; every text that is not markup of ours is shown, never obeyed."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from . import filled
 
-    from . import marked, visible
-
-    page = Environment(loader=PackageLoader("preftune"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                       finalize=lambda found: found if isinstance(found, Markup) else visible(found))  # fmt: skip
-    page.filters |= {"shade": shade, "marked": marked, "interval": interval, "number": number, "percent": lambda x: f"{100 * x:.1f}%"}
-    return page.get_template(template).render(**contents)
-
-
-def number(value: float | None, error: float | None = None) -> str:
-    """'0.1234 ± 0.0012', a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-
-def interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """'0.712 [0.650, 0.770]'."""
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+    return filled(template, contents, shade=shade, interval=with_interval, number=lambda x, se=None: with_error(x, se, ".4g", ".2g"))
 
 
 def shade(value: float | None, largest: float) -> str:

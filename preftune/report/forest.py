@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from io import StringIO
 from typing import Any
 
-from .charts import COLOURS, Chart, page_svg
+from .charts import COLOURS, plot
 
 MOST_LINES = 80  # of a plot; a longer one is no picture. The table holds all
 MOST_COMPARED = 24  # players up to which the page shows all differences
@@ -30,18 +28,12 @@ def forest_svg(facts: Mapping[str, Any], *, alone: bool = False) -> str:
 
     At most MOST_LINES players. The same facts give the same bytes.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     lines = facts["ratings"][:MOST_LINES]
     places = range(len(lines))
     value = [line["rating"] for line in lines]
     error = [[line["rating"] - line["low"] for line in lines], [line["high"] - line["rating"] for line in lines]]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ratings", "font.size": 9})
-        figure = Figure(figsize=(7.2, 0.9 + 0.24 * len(lines)), layout="constrained")
-        axes = figure.add_subplot()
+
+    def fill(axes: Any) -> None:
         # An interval of percentiles may leave the estimate out; a bar cannot be negative.
         axes.errorbar(
             value,
@@ -56,18 +48,10 @@ def forest_svg(facts: Mapping[str, Any], *, alone: bool = False) -> str:
         axes.axvline(facts["zero"], color=COLOURS["axis"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_yticks(list(places), [_short(line["name"]) for line in lines], parse_math=False)  # '$' is a letter here
         axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(COLOURS["grid"])
-        axes.tick_params(color=COLOURS["grid"], labelcolor=COLOURS["axis"])
+        axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color=COLOURS["grid"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(facts["unit"], color=COLOURS["axis"])
-        buffer = StringIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a missing glyph: the reader's font will have it
-            figure.savefig(buffer, format="svg", transparent=True)
-    text = page_svg(buffer.getvalue(), Chart("Ratings with their intervals", "", "", ()))
+
+    text = plot("Ratings with their intervals", (7.2, 0.9 + 0.24 * len(lines)), fill, x=facts["unit"], y="", grid="x")
     return standing_alone(text) if alone else text
 
 
@@ -82,23 +66,11 @@ def standing_alone(text: str) -> str:
 
 def ratings_page(facts: Mapping[str, Any]) -> str:
     """The page: forest plot, table, effects, differences of any two, how it was made."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from . import visible
+    from . import filled
 
-    page = Environment(
-        loader=PackageLoader("preftune"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda found: found if isinstance(found, Markup) else visible(found),
-    )
-    plain = facts["scale"] == "elo"
-    page.filters["number"] = lambda x: f"{x:.0f}" if plain else f"{x:.3f}"
-    page.filters["signed"] = lambda x: f"{x:+.0f}" if plain else f"{x:+.3f}"
-    shown = facts["differences"] if len(facts["ratings"]) <= MOST_COMPARED else None
-    return page.get_template("ratings.html").render(
-        facts=facts, plot=Markup(forest_svg(facts)), plotted=min(len(facts["ratings"]), MOST_LINES), differences=shown
-    )
+    digits, count = 0 if facts["scale"] == "elo" else 3, len(facts["ratings"])
+    shown = {"facts": facts, "plot": Markup(forest_svg(facts)), "plotted": min(count, MOST_LINES),
+             "differences": facts["differences"] if count <= MOST_COMPARED else None}  # fmt: skip
+    return filled("ratings.html", shown, number=lambda x: f"{x:.{digits}f}", signed=lambda x: f"{x:+.{digits}f}")

@@ -7,7 +7,6 @@ is sampled is kept as it comes: the same command goes on where a stopped one was
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import certainty, endpoints, judges, models, report, runs
 from ..config import Compare, resolved_yaml
@@ -28,7 +26,7 @@ from ..formats.sources import BLANK, rows
 from ..records import Judgement, Message, Record, Response, Text, as_text, prompt_key
 from ..report.evaluated import comparison_page
 from ..rewards import scorer
-from ..screen import bar, clean, say
+from ..screen import bar, clean, say, with_interval
 from ..tokens import encode_prompt, make_codec
 
 TOKENS = 256  # of an answer, where nothing says otherwise
@@ -115,7 +113,7 @@ def _answers(name: str, prompts: Sequence[Text], options: Compare, path: Path | 
     if len(kept) == len(prompts) * options.k:
         return [kept[i : i + options.k] for i in range(0, len(kept), options.k)]
     model, tokenizer = models.load(name, dtype=options.dtype, device=device, offline=options.offline)
-    torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
+    models.use_threads(model, options.threads)
     codec = make_codec(tokenizer, template=options.template, bos=options.bos, control_tokens=options.control_tokens)
     longest, window = max(len(encode_prompt(codec, p)) for p in prompts), models.window_of(model.config)
     if window and longest + int(options.sample_tokens or 0) > window:
@@ -430,21 +428,20 @@ def _show(facts: Mapping[str, Any]) -> None:
                                f"on {facts['prompts']:,} prompts"))  # fmt: skip
         if facts["low"] is not None:
             drawn = f"bootstrap by prompt [{facts['bootstrap_low']:.3f}, {facts['bootstrap_high']:.3f}]"
-            wilson = f"[{facts['low']:.3f}, {facts['high']:.3f}]"
-            lines.append(("win rate of A", f"{facts['win_rate']:.3f} {wilson} ({drawn}), p {facts['p_sign']:.3g}"))
+            rate = with_interval(facts["win_rate"], facts["low"], facts["high"])
+            lines.append(("win rate of A", f"{rate} ({drawn}), p {facts['p_sign']:.3g}"))
         if equal := facts["equal_length"]:
             out = "" if equal["inside"] else "; no pairs near equal length: an extrapolation"
-            lines.append(("at equal length", f"{equal['rate']:.3f} [{equal['low']:.3f}, {equal['high']:.3f}]{out}"))
+            lines.append(("at equal length", with_interval(equal["rate"], equal["low"], equal["high"]) + out))
         if longer := facts["longer_won"]["count"]:
             lines.append(("longer one won", f"{facts['longer_won']['share']:.3f} of {longer:,} decided comparisons"))
     if found := facts.get("first_shown_won"):
-        lines.append(("first shown won", f"{found['share']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of {found['count']:,}"))
+        lines.append(("first shown won", f"{with_interval(found['share'], found['low'], found['high'])} of {found['count']:,}"))
     if found := facts.get("reward"):
-        ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-        lines.append(("reward", f"A {found['a']:.3f}, B {found['b']:.3f}, difference {found['difference']:+.3f}{ends}"))
-    ends = "" if facts["length_low"] is None else f" [{facts['length_low']:+.0f}, {facts['length_high']:+.0f}]"
-    size = f"A {facts['length_a']:.0f}, B {facts['length_b']:.0f}"
-    lines.append(("characters", f"{size}, difference {facts['length_difference']:+.0f}{ends}"))
+        gap = with_interval(found["difference"], found["low"], found["high"], "+.3f")
+        lines.append(("reward", f"A {found['a']:.3f}, B {found['b']:.3f}, difference {gap}"))
+    gap = with_interval(facts["length_difference"], facts["length_low"], facts["length_high"], "+.0f")
+    lines.append(("characters", f"A {facts['length_a']:.0f}, B {facts['length_b']:.0f}, difference {gap}"))
     for name, text in lines:
         print(clean(f"{name:<16}{text}"))
     print(clean(str(facts["sentence"])))

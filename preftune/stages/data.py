@@ -25,7 +25,7 @@ from ..config import DataCheck, DataConvert, DataShow
 from ..errors import DataError, UsageError
 from ..files import atomic_write, dumps, publish_file
 from ..records import Record, pairs
-from ..screen import clean, say
+from ..screen import clean, say, with_interval
 
 if TYPE_CHECKING:  # both bring torch
     from ..batches import Batch
@@ -150,18 +150,14 @@ def _id_findings(ids: Ids) -> Iterator[Finding]:
         yield Finding(f"ids: {case}", level, ids.counts[case], words, tuple(where))
 
 
-def _interval(mean: float, low: float | None, high: float | None, form: str = "+.1f") -> str:
-    return f"{mean:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
-
-
 def _measures(found: audit.Audit, tally: formats.Tally, ids: Ids | None) -> list[tuple[str, str]]:
     """(name, text) of what is not a fault but worth knowing."""
     rows = [("records", f"{found.records:,}  " + ", ".join(f"{name} {n:,}" for name, n in tally.layouts.items()))]
     if found.pairs:
         judges = ", ".join(f"{name or 'not said'} {n:,}" for name, n in list(found.judges.items())[:5])
         more = f" and {len(found.judges) - 5} more" if len(found.judges) > 5 else ""
-        gap = _interval(found.length_gap, found.length_gap_low, found.length_gap_high)
-        rule = _interval(found.longer_chosen, found.longer_low, found.longer_high, ".3f")
+        gap = with_interval(found.length_gap, found.length_gap_low, found.length_gap_high, "+.1f")
+        rule = with_interval(found.longer_chosen, found.longer_low, found.longer_high)
         rows += [("pairs", f"{found.pairs:,}"), ("judged by", judges + more),
                  ("length", f"chosen {found.chosen_characters:.1f} characters, rejected {found.rejected_characters:.1f}; "
                   f"unequal pairs differ by {gap}"),
@@ -174,8 +170,9 @@ def _measures(found: audit.Audit, tally: formats.Tally, ids: Ids | None) -> list
     if ids is not None and len(ids.chosen):
         chosen, rejected = np.frombuffer(ids.chosen, np.int32), np.frombuffer(ids.rejected, np.int32)
         mean, error = audit.mean_of((chosen - rejected).astype(float), np.frombuffer(ids.record, np.int32))
-        ends = (None, None) if error is None else (mean - audit.Z95 * error, mean + audit.Z95 * error)
-        rows.append(("answer tokens", f"chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}; differ by {_interval(mean, *ends)}"))
+        low, high = (None, None) if error is None else (mean - audit.Z95 * error, mean + audit.Z95 * error)
+        gap = with_interval(mean, low, high, "+.1f")
+        rows.append(("answer tokens", f"chosen {chosen.mean():.1f}, rejected {rejected.mean():.1f}; differ by {gap}"))
     return rows
 
 

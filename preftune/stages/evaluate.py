@@ -25,7 +25,7 @@ from ..objectives import Objective, preference
 from ..records import Record, Response, Text, as_text, prompt_key
 from ..report.evaluated import evaluation_page
 from ..rewards import Scorer, reward_codec, scorer
-from ..screen import bar, clean, say
+from ..screen import bar, clean, say, with_error, with_interval
 from ..store import MISMATCHED, Store, build
 from ..tokens import Codec, encode_prompt, make_codec
 from .data import pieces
@@ -104,7 +104,7 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
         model, tokenizer = models.load(str(options.model), **loading)
         codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
                            control_tokens=options.control_tokens)  # fmt: skip
-    torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
+    models.use_threads(model, options.threads)
     frozen, weights = None, ""
     if options.reference is not None:
         frozen, _ = models.load(options.reference, **loading)
@@ -304,42 +304,31 @@ def _rewardbench(facts: Mapping[str, Any], tokenizer: str, template: str) -> dic
 # ---------------------------------------------------------------- the screen
 
 
-def _number(value: float | None, error: float | None = None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def _interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
-
-
 def lines(file: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of the numbers that a person reads first."""
     metrics, samples, sure = file["metrics"], file.get("samples") or {}, file.get("calibration")
-    out = [("loss", _number(metrics["loss"]))]
+    out = [("loss", f"{metrics['loss']:.4f}")]
     if "rewards/accuracies" in metrics:
         out.insert(0, ("pairs", f"{metrics['pairs']:,} of {file['prompts']:,} prompts"))
-        out.append(("accuracy", _interval(metrics["rewards/accuracies"], metrics["accuracy_low"], metrics["accuracy_high"])))
-        out.append(("margin", _number(metrics["rewards/margins"], metrics["rewards/margins_se"], 3)))
+        out.append(("accuracy", with_interval(metrics["rewards/accuracies"], metrics["accuracy_low"], metrics["accuracy_high"])))
+        out.append(("margin", with_error(metrics["rewards/margins"], metrics["rewards/margins_se"], ".3f")))
     if "displacement" in metrics:
-        out.append(("displacement, nats", _number(metrics["displacement"], metrics.get("displacement_se"), 3)))
+        out.append(("displacement, nats", with_error(metrics["displacement"], metrics.get("displacement_se"), ".3f")))
     if sure:
-        out.append(("calibration slope", _interval(sure["slope"], sure["slope_low"], sure["slope_high"], 2)))
-        out.append(("ECE (by chance)", f"{_interval(sure['ece'], sure['low'], sure['high'])} ({sure['chance']:.3f})"))
+        out.append(("calibration slope", with_interval(sure["slope"], sure["slope_low"], sure["slope_high"], ".2f")))
+        out.append(("ECE (by chance)", f"{with_interval(sure['ece'], sure['low'], sure['high'])} ({sure['chance']:.3f})"))
     for name, label in (("kl_sequence_rb", "KL(model||ref), nats"), ("kl_token_rb", "  a token"),
                         ("kl_from_reference_sequence_rb", "KL(ref||model), nats"), ("entropy_token", "entropy, nats a token"),
                         ("sample_length", "length, tokens"), ("sample_finished", "finished"),
                         (f"repeated_{GRAM}", f"repeated {GRAM}-grams")):  # fmt: skip
         if name in samples:
-            out.append((label, _number(samples[name], samples[f"{name}_se"])))
+            out.append((label, with_error(samples[name], samples[f"{name}_se"])))
     if "distinct_2" in samples:
-        out.append(("distinct 2-grams", _number(samples["distinct_2"])))
+        out.append(("distinct 2-grams", f"{samples['distinct_2']:.4f}"))
     for row in file.get("sampled_rewards", ()):
-        out.append((f"reward {row['reward']}", _number(row["mean"], row["se"], 3)))
+        out.append((f"reward {row['reward']}", with_error(row["mean"], row["se"], ".3f")))
         if "difference" in row:
-            text = f"{row['difference']:+.3f}" + ("" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]")
-            out.append(("  against the reference's", text))
+            out.append(("  against the reference's", with_interval(row["difference"], row["low"], row["high"], "+.3f")))
     return out
 
 
@@ -367,7 +356,7 @@ def _show_parts(console: Any, file: Mapping[str, Any], table_of: Any, cell: Any)
     if file.get("subsets"):
         table = table_of("subset", "pairs", "accuracy", box=None, pad_edge=False)
         for name, row in file["subsets"].items():
-            table.add_row(cell(clean(name)), f"{row['pairs']:,}", _interval(row["accuracy"], row["low"], row["high"]))
+            table.add_row(cell(clean(name)), f"{row['pairs']:,}", with_interval(row["accuracy"], row["low"], row["high"]))
         console.print(table)
     if file.get("judges"):
         gaps = {row["other"]: row for row in file["differences"]}
@@ -376,8 +365,8 @@ def _show_parts(console: Any, file: Mapping[str, Any], table_of: Any, cell: Any)
                          title=cell(clean(file["file"])), title_justify="left")  # fmt: skip
         for row in file["judges"]:
             gap = gaps.get(row["judge"])
-            shown = ("", "") if gap is None else (_interval(gap["difference"], gap["low"], gap["high"]), f"{gap['p']:.3g}")
-            table.add_row(cell(clean(row["judge"])), _interval(row["accuracy"], row["low"], row["high"]), *shown)
+            shown = ("", "") if gap is None else (with_interval(gap["difference"], gap["low"], gap["high"]), f"{gap['p']:.3g}")
+            table.add_row(cell(clean(row["judge"])), with_interval(row["accuracy"], row["low"], row["high"]), *shown)
         console.print(table)
 
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import frontier, models, runs
 from ..certainty import mean_of
 from ..config import Dpo, Frontier, Given, OnlineDpo, Options, Ppo, Sft, build, convert, hint, loss_facts, resolved_yaml, specs
 from ..errors import Interrupted, PreftuneError, UsageError, nearest
-from ..files import append_jsonl, atomic_write, new_folder, read_json, read_jsonl, run_lock, write_json
+from ..files import atomic_write, new_folder, read_json, read_jsonl, run_lock, write_json
 from ..formats import read, to_json
 from ..frontier import Point
 from ..pairing import accept
@@ -32,7 +31,7 @@ from ..records import Record, prompt_key
 from ..report.frontiers import frontier_page, frontier_svg
 from ..rewards import scorer
 from ..sampling import sample
-from ..screen import bar, clean, say
+from ..screen import bar, clean, say, with_interval
 from ..store import from_ids
 from ..tokens import encode_prompt, end_ids, make_codec
 from . import dpo, online, ppo, sft
@@ -293,14 +292,14 @@ def _make(todo: Sequence[Job], options: Frontier, train: Sequence[Record]) -> li
 def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
     """Best-of-n for every n and seed, from one set of draws of the start for each seed; kept in best-of-n.jsonl."""
     kept = folder / "best-of-n.jsonl"
-    found = [Point(**row) for row in read_jsonl(kept)] if kept.is_file() else []
+    found = [Point(**row) for row in read_jsonl(kept)]
     sizes = _numbers(options.best_of, "--best-of", int)
-    missing = [s for s in range(options.seed, options.seed + options.seeds) if s not in {p.seed for p in found}]
+    missing = sorted({*range(options.seed, options.seed + options.seeds)} - {p.seed for p in found})
     if not missing:
         return found
     device = models.pick_device(options.device)
     model, tokenizer = models.load(str(options.model), device=device, offline=options.offline)
-    torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else torch.get_num_threads()))
+    models.use_threads(model, options.threads)
     codec = make_codec(tokenizer)
     prompts = [r.prompt for r in read([folder / "held.jsonl"]).records][: options.eval_prompts]
     ids, ends = [encode_prompt(codec, p) for p in prompts], [end_ids(codec, p) for p in prompts]
@@ -313,12 +312,12 @@ def _drawn_points(options: Frontier, folder: Path) -> list[Point]:
         store = from_ids(ids, [[s.ids for s in row] for row in drawn])
         judged = [score.rollouts(store, codec, prompts).reshape(len(ids), many) for score in (proxy, truth)]
         tokens = sum(len(s.ids) for row in drawn for s in row)
-        for n in sizes:
+        for n in (1, *(n for n in sizes if n > 1)):  # one draw is the start
             pairs = np.array([frontier.best_of_n(p, t, n) for p, t in zip(*judged, strict=True)])
             (reward, reward_se), (kl, kl_se) = (mean_of(column, np.arange(len(pairs))) for column in pairs.T)
-            point = Point(BEST_OF_N, f"n {n}", seed, 1, n == sizes[-1], kl, kl_se, reward, reward_se, None, tokens * n // many, 0.0)
-            append_jsonl(kept, asdict(point))
-            found.append(point)
+            found.append(Point(BEST_OF_N, f"n {n}", seed, int(n > 1), n == sizes[-1], kl, kl_se, reward, reward_se, None,
+                               tokens * n // many, 0.0))  # fmt: skip
+        atomic_write(kept, "".join(json.dumps(asdict(point)) + "\n" for point in found))  # a seed is there with every n, or not at all
     return found
 
 
@@ -376,27 +375,19 @@ def _finish(options: Frontier, folder: Path, points: Sequence[Point], failed: Se
     say(f"written       {folder}/frontier.html, frontier.svg, frontier.json")
 
 
-def with_interval(found: Mapping[str, Any], signed: bool = False) -> str:
-    """'0.123 [0.100, 0.146]'; the mean alone where one seed has no interval."""
-    form = "{:+.3f}" if signed else "{:.3f}"
-    if found["low"] is None:
-        return form.format(found["mean"])
-    return f"{form.format(found['mean'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
-
-
 def lines(facts: Mapping[str, Any]) -> list[str]:
     """The table on the screen: area under each frontier, heights at the KLs asked for, the best point, what it cost."""
     heads = ["method", f"mean to {facts['limit']:g} nats", *(f"at {kl:g}" for kl in facts["at"]), "best", "at KL", "tokens", "seconds"]
     rows = [heads]
     for name, found in sorted(facts["methods"].items(), key=lambda item: -item[1]["area"]["mean"]):
         best = found["best"]
-        rows.append([name, with_interval(found["area"]), *(with_interval(h) for h in found["heights"]),
+        rows.append([name, *(with_interval(x["mean"], x["low"], x["high"]) for x in (found["area"], *found["heights"])),
                      f"{best['reward']:.3f}" if best else "", f"{best['kl']:.2f}" if best else "", f"{found['tokens']:,.0f}",
                      f"{found['seconds']:.1f}"])  # fmt: skip
     width = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     out = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in rows]
     for name, found in facts["differences"].items():
-        low, high = found["area"]["low"], found["area"]["high"]
+        mean, low, high = (found["area"][key] for key in ("mean", "low", "high"))
         sure = low is not None and (low > 0 or high < 0)
-        out.append(f"{name}: {with_interval(found['area'], signed=True)}{'' if sure else ': not enough data to tell'}")
+        out.append(f"{name}: {with_interval(mean, low, high, '+.3f')}{'' if sure else ': not enough data to tell'}")
     return out

@@ -6,11 +6,8 @@ One JSON line per response: record, response, tokens, logp (sum, nats), mean (na
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-
-import torch
 
 from .. import models
 from ..config import Logprobs
@@ -28,7 +25,7 @@ def run(options: Logprobs) -> int:
     device = models.pick_device(options.device)
     reading = read(options.data, format=options.format, skip_bad=options.skip_bad, max_records=options.max_records)
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
-    torch.set_num_threads(options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1))
+    models.use_threads(model, options.threads)
     codec = make_codec(tokenizer, template=options.template, bos=options.bos, finish=options.finish,
                        control_tokens=options.control_tokens)  # fmt: skip
     store, intake = build(reading.records, codec, max_length=options.max_length or models.window_of(model.config))

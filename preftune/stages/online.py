@@ -13,7 +13,6 @@ from .. import pipeline, rollouts
 from ..config import OnlineDpo, loss_terms, reads_draws
 from ..errors import UsageError
 from ..objectives import Objective, preference
-from ..records import Record
 
 
 def run(options: OnlineDpo) -> int:
@@ -31,11 +30,6 @@ def objective(options: OnlineDpo) -> Objective:
     return found
 
 
-def select(record: Record, options: OnlineDpo) -> Record:
-    """Its prompt."""
-    return Record(record.prompt, (), where=record.where)
-
-
 def moving(options: OnlineDpo) -> tuple[float, int] | None:
     """Share of the policy in each update of the training reference, and the steps between updates; None where it stands still."""
     alpha = {"none": None, "soft": options.reference_alpha, "hard": 1.0}[options.reference_update]
@@ -48,12 +42,6 @@ def make(options: OnlineDpo) -> rollouts.Make:
     return partial(rollouts.paired, best_worst=options.pairs == "best-worst", reference=needed, drawn=reads_draws(options))
 
 
-def rounds(count: int, options: OnlineDpo) -> rollouts.Rounds:
-    """Which prompts make which step."""
-    size = options.rollout_prompts or options.batch_size
-    return rollouts.Rounds(count, size, options.batch_size, options.passes, options.epochs, options.seed)
-
-
 TASK = pipeline.Task(
-    "online", OnlineDpo, objective, select, lambda folder: f"preftune chat {folder}", moving,
-    rolls=pipeline.Rolls(rounds, lambda options: options.k or 2, lambda options: rollouts.Kept(), make))  # fmt: skip
+    "online", OnlineDpo, objective, pipeline.prompt_alone, lambda folder: f"preftune chat {folder}", moving,
+    rolls=pipeline.Rolls(lambda options: options.k or 2, lambda options: rollouts.Kept(), make))  # fmt: skip

@@ -14,7 +14,6 @@ from .. import models, pipeline, rollouts
 from ..config import Ppo, kl_place
 from ..errors import UsageError
 from ..readout import Learner, Value, packs, scalar_head, with_value
-from ..records import Record
 from ..rewards import same_ids
 
 ANSWERS = {"gae": 1, "rloo": 4, "group": 4}  # per prompt, where --k does not say
@@ -31,11 +30,6 @@ def objective(options: Ppo) -> rollouts.Surrogate:
         {"gae": "ppo", "rloo": "rloo", "group": "grpo"}[options.advantage], whole=options.advantage == "rloo",
         clip_ratio=options.clip_ratio, clip_value=options.clip_value, value_weight=options.value_weight, kl=kl_place(options),
         beta=options.beta, temperature=options.temperature)  # fmt: skip
-
-
-def select(record: Record, options: Ppo) -> Record:
-    """Its prompt."""
-    return Record(record.prompt, (), where=record.where)
 
 
 def learner(setup: pipeline.Setup, options: Ppo) -> Learner:
@@ -87,13 +81,7 @@ def kept(options: Ppo) -> rollouts.Kept:
     return rollouts.Kept(beta=options.beta)
 
 
-def rounds(count: int, options: Ppo) -> rollouts.Rounds:
-    """Which prompts make which step."""
-    size = options.rollout_prompts or options.batch_size
-    return rollouts.Rounds(count, size, options.batch_size, options.passes, options.epochs, options.seed)
-
-
 TASK = pipeline.Task(
-    "ppo", Ppo, objective, select, lambda folder: f"preftune chat {folder}",
-    rolls=pipeline.Rolls(rounds, lambda options: options.k or ANSWERS[options.advantage], kept, make), learner=learner,
+    "ppo", Ppo, objective, pipeline.prompt_alone, lambda folder: f"preftune chat {folder}",
+    rolls=pipeline.Rolls(lambda options: options.k or ANSWERS[options.advantage], kept, make), learner=learner,
     factor=lambda name, options: options.value_lr if name.startswith("value.") else 1.0)  # fmt: skip

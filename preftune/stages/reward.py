@@ -28,7 +28,7 @@ from ..readout import log_odds
 from ..records import Record
 from ..report.findings import percent
 from ..rewards import ENSEMBLE, scores_of
-from ..screen import clean, say
+from ..screen import clean, say, with_interval
 from ..store import Store
 
 MOST = 2000  # training records whose responses set the level
@@ -283,12 +283,13 @@ def ensemble(options: Reward, folder: Path) -> int:
         else:
             pipeline.run(TASK, replace(options, members=1, average=False, member=i + 1, output=str(place), resume=None))
     told = together(folder, names)
-    if options.average:
-        told["average"] = averaged(options, folder, names)
+    if options.average and (found := averaged(options, folder, names)):
+        told["average"] = found
     write_json(folder / ENSEMBLE, {"members": names, "held_out": told})
     of_all(options, folder, names, told)
     for key, value in told.items():
-        print(clean(f"{key:<14}{report.plain(value) if not isinstance(value, dict) else said(value)}"))
+        share = isinstance(value, dict)
+        print(clean(f"{key:<14}{with_interval(value['agreement'], value['low'], value['high']) if share else report.plain(value)}"))
     print(clean(f"written       {folder}"))
     print(clean(f"next          preftune sample --model MODEL --data PROMPTS --k 4 --output samples.jsonl --reward model:{folder}@min"))
     return 0
@@ -311,12 +312,6 @@ def of_all(options: Reward, folder: Path, names: Sequence[str], told: dict[str, 
             {"caption": "Agreement with held-out labels", "columns": ["", "agreement", "95% from", "to"], "rows": rows}]})  # fmt: skip
     if options.report:
         report.write(folder)
-
-
-def said(share: dict[str, Any]) -> str:
-    """'0.712 [0.690, 0.733]'."""
-    ends = "" if share["low"] is None else f" [{share['low']:.3f}, {share['high']:.3f}]"
-    return f"{share['agreement']:.3f}{ends}"
 
 
 def together(folder: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -7,14 +7,12 @@ model is a folder, a hub name, or one behind an OpenAI-compatible endpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import endpoints, models
 from ..config import Sample
@@ -62,8 +60,7 @@ def _from_weights(options: Sample, prompts: Sequence[Text], made_from: dict[str,
         return _dry(options, len(prompts), sum(map(len, ids)), "tokens")
     scoring = scorer(options.reward, device=device, dtype=options.dtype, offline=options.offline) if options.reward else None
     model, tokenizer = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
-    threads = options.threads or (1 if models.parameters_of(model) < 1_000_000 else os.cpu_count() or 1)
-    torch.set_num_threads(threads)
+    threads = models.use_threads(model, options.threads)
     codec = _codec(tokenizer, options)
     ids, ends = _encoded(codec, prompts, options, models.window_of(model.config))
     frozen = models.load(options.reference, dtype=options.dtype, device=device, offline=options.offline)[0] if options.reference else None
