@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 
 from preftune import endpoints, judges
@@ -403,3 +409,141 @@ def test_a_judge_may_grade_and_stand_beside_a_rule(answers, server, tmp_path):
     assert [r["score"] for r in row["responses"]] == [10, 3, 3]
     assert [r["source"]["scores"] for r in row["responses"]] == [[9, 1], [2, 1], [2, 1]]
     assert len(server.seen) == 9
+
+
+# --- killed, on both sides of the wire --------------------------------------------------------------------------------------------
+
+# A model that can be killed: notes the seed of every request that it is asked, and answers by the request alone.
+MORTAL = """
+import json, os, sys, time, zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+log = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        os.write(log, b"%d\\n" % request["seed"])
+        time.sleep(0.01)
+        text = "said %d" % request["seed"]
+        if "messages" in request:
+            text = "VERDICT: " + ("A", "B", "TIE")[zlib.crc32(request["messages"][0]["content"].encode()) % 3]
+        said = {"message": {"content": text}} if "messages" in request else {"text": text}
+        content = json.dumps({"choices": [said | {"finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *words): pass
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+class Mortal:
+    """That server as a process of its own, always at one port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.log, self.script = 0, folder / "asked.txt", folder / "mortal.py"
+        self.script.write_text(MORTAL)
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, str(self.script), str(self.port), str(self.log)]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def asked(self) -> list[int]:
+        """The seeds of all requests so far."""
+        return [int(line) for line in self.log.read_text().split()] if self.log.exists() else []
+
+
+@pytest.fixture
+def mortal(tmp_path) -> Iterator[Mortal]:
+    found = Mortal(tmp_path)
+    yield found
+    found.kill()
+
+
+def work(which: str, options) -> int:
+    """What a child does."""
+    endpoints.FIRST_WAIT = 0.01
+    return {"sample": sample, "score": score}[which].run(options)
+
+
+def kept(path: Path) -> tuple[bytes, list[int]]:
+    """The whole lines of a draft, and the numbers of what is finished."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole, [number for number in (json.loads(line)[0] for line in whole.splitlines()) if number >= 0]
+
+
+def killed_and_restarted(children: child.Children, mortal: Mortal, which: str, options, seed: Callable[[int], int], kills: int) -> int:
+    """The model is killed and comes back while the verb waits for it; then the verb is killed and started again; so often, then it ends.
+
+    What is finished stays as it is and is never asked for again. Returns how many kills met the verb at work.
+    """
+    done, draft, chance = Path(options.output), Path(f"{options.output}.draft"), random.Random(1)
+    before, finished, asked, met = b"", set[int](), 0, 0
+
+    def goes_on(than: int) -> bool:
+        return done.exists() or (draft.exists() and draft.stat().st_size > than)
+
+    for _ in range(kills):
+        if done.exists():
+            break
+        pid = children.start(work, which, options)
+        size = len(before)
+        child.until(lambda size=size: goes_on(size))
+        mortal.kill()
+        time.sleep(chance.random() * 0.05)
+        size = draft.stat().st_size if draft.exists() else 0
+        mortal.start()
+        child.until(lambda size=size: goes_on(size))
+        time.sleep(chance.random() * 0.05)
+        if not done.exists():
+            os.kill(pid, signal.SIGKILL)
+        met += children.wait() == -signal.SIGKILL
+        now = mortal.asked()
+        assert not finished & set(now[asked:]), "a finished response was asked for again"
+        if draft.exists():
+            whole, numbers = kept(draft)
+            assert whole.startswith(before) and len(numbers) == len(set(numbers)), "a finished response was lost, or made twice"
+            before, finished, asked = whole, {seed(n) for n in numbers}, len(mortal.asked())
+    if not done.exists():
+        assert children.call(work, which, options) == 0, children.said()
+        assert not finished & set(mortal.asked()[asked:])
+    return met
+
+
+def both(children: child.Children, mortal: Mortal, tmp_path: Path, kills: int) -> None:
+    """`sample` and a judging `score`, each killed so often and their model too, end with the bytes of unbroken ones."""
+    spec, patient = f"endpoint:http://127.0.0.1:{mortal.port}/v1#tiny", {"concurrency": 4, "retries": 60, "timeout": 5.0}
+    (tmp_path / "many.txt").write_text("".join(f"prompt {i}\n" for i in range(32 * kills)))
+    sampled = Sample(model=spec, data=[str(tmp_path / "many.txt")], output=str(tmp_path / "s.jsonl"), k=2, sample_tokens=7, **patient)
+    met = killed_and_restarted(children, mortal, "sample", sampled, lambda n: endpoints.seed_of(0, *divmod(n, 2)), kills)
+    rows = [{"prompt": f"p{i}", "responses": [f" a{i}", f" b{i}"]} for i in range(32 * kills)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = Score(data=[str(tmp_path / "answers.jsonl")], judge=spec, output=str(tmp_path / "j.jsonl"), **patient)
+    met += killed_and_restarted(children, mortal, "score", judged, lambda n: endpoints.seed_of(0, n), kills)
+    assert met >= kills, f"only {met} of {2 * kills} kills came in time to prove anything"
+    for which, options in (("sample", sampled), ("score", judged)):
+        whole = replace(options, output=f"{options.output}.whole")
+        assert work(which, whole) == 0
+        assert Path(options.output).read_bytes() == Path(whole.output).read_bytes() and len(lines(whole.output)) == 32 * kills
+
+
+def test_killed_with_their_model_sample_and_score_lose_and_repeat_nothing(children, mortal, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "FIRST_WAIT", 0.01)
+    both(children, mortal, tmp_path, 2)
+
+
+@pytest.mark.soak
+def test_killed_twenty_times_with_their_model(children, mortal, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "FIRST_WAIT", 0.01)
+    both(children, mortal, tmp_path, 20)
