@@ -1,16 +1,20 @@
 """Attention over segments: a token sees its prefix chain in full and its own segment causally.
 
-Registered with transformers as the attention implementation 'preftune'. The segment table arrives as a forward argument of every
+Registered with transformers as the attention implementations NAME and FLEX. The segment table arrives as a forward argument of every
 layer, never as a global: a checkpointed backward pass runs the layer again and must see the same table. Without a table the function
-is transformers' own SDPA, so that the same loaded model also generates. Two ways, equal in tests: `merged` on a CPU, which computes
-only what is seen and needs no mask; one masked SDPA per tree elsewhere, for small trees and where a sliding window cuts a chain. torch and
-transformers' two registries only.
+is transformers' own SDPA, so that the same loaded model also generates. Three ways, equal in tests: `merged` on a CPU, which computes
+only what is seen and needs no mask; `flexed` on a GPU where it was asked for (--compile), which computes only blocks in which something
+is seen; one masked SDPA per tree elsewhere, for small trees and where a sliding window cuts a chain. torch and transformers' two
+registries only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .batches import Segments
+from .batches import Segments, send
 from .errors import ModelError
 
-NAME = "preftune"
+NAME, FLEX = "preftune", "preftune-flex"
+BLOCK = 128  # scores on a side of a piece that FlexAttention takes or leaves as a whole
 CALL = 1 << 19  # scores times head width that one more kernel call, forward and back, costs (bench: 0.12 ms against 0.14 us a score of 512)
 
 Block = tuple[slice, slice, bool]  # queries, keys, whether causal (then both are the same tokens)
@@ -110,29 +115,23 @@ def merged(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Block, ...], 
     return out.flatten(0, 1).transpose(0, 1)[None]
 
 
-def tree_mask(segments: Segments, tree: tuple[int, int], window: int | None, device: torch.device) -> Tensor | None:
-    """(n, n) bool, True where a token of the tree may look; None where plain causal attention says the same.
+def sees(query: Sequence[Tensor], key: Sequence[Tensor], window: int | None) -> Tensor:
+    """Which queries see which keys, bool: (number, end, position) of both as in `Segments.marks`, broadcast against each other.
 
     With a sliding window, distance is counted in positions along the chain, so a packed response sees what it would see in a row.
     """
-    start, end = tree
-    members = [s for s in range(len(segments.starts)) if start <= segments.starts[s] < end]
+    seen = (key[0] <= query[0]) & (query[0] < key[1]) & (key[2] <= query[2])
+    return seen if window is None else seen & (query[2] - key[2] < window)
+
+
+def tree_mask(segments: Segments, tree: tuple[int, int], window: int | None, device: torch.device) -> Tensor | None:
+    """(n, n) bool, True where a token of the tree may look; None where plain causal attention says the same."""
+    members = [s for s in range(len(segments.starts)) if tree[0] <= segments.starts[s] < tree[1]]
     longest = max(_length(segments, s) for s in members)
     if len(members) == 1 and (window is None or longest <= window):
         return None
-    mask = torch.zeros(end - start, end - start, dtype=torch.bool)
-    position = torch.empty(end - start, dtype=torch.long)
-    for s in members:
-        a, b = segments.starts[s] - start, segments.ends[s] - start
-        depth = 0
-        for c in segments.chain(s)[:-1]:
-            mask[a:b, segments.starts[c] - start : segments.ends[c] - start] = True
-            depth += segments.ends[c] - segments.starts[c]
-        mask[a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        position[a:b] = torch.arange(depth, depth + b - a)
-    if window is not None and longest > window:
-        mask &= position[:, None] - position[None, :] < window
-    return mask.to(device)
+    marks = send(segments.marks[:, slice(*tree)], device)
+    return sees(marks[:, :, None], marks[:, None, :], None if window is None or longest <= window else window)
 
 
 def _length(segments: Segments, segment: int) -> int:
@@ -140,8 +139,8 @@ def _length(segments: Segments, segment: int) -> int:
     return sum(segments.ends[c] - segments.starts[c] for c in segments.chain(segment))
 
 
-def _plan(segments: Segments, window: int | None, query: Tensor) -> tuple[Block, ...] | dict[tuple[int, int], Tensor | None]:
-    """How this batch is attended to, made once for all layers with this window: blocks for `merged`, or a mask per tree.
+def _plan(segments: Segments, window: int | None, query: Tensor, flex: bool) -> Any:
+    """How this batch is attended to, made once for all layers with this window: blocks for `merged`, a mask for `flexed`, or one per tree.
 
     Blocks where they save more scores than their calls cost; on small trees a mask is quicker.
     """
@@ -151,20 +150,24 @@ def _plan(segments: Segments, window: int | None, query: Tensor) -> tuple[Block,
         saved = (sum((b - a) ** 2 for a, b in segments.trees) - seen) * query.shape[1] * query.shape[3]
         short = window is None or all(_length(segments, s) <= window for s in range(len(segments.starts)))
         worth = saved > (len(parts) - len(segments.trees)) * CALL
-        segments.plans[window] = (parts if short and worth and query.device.type == "cpu" else
-                                  {tree: tree_mask(segments, tree, window, query.device) for tree in segments.trees})  # fmt: skip
+        if flex:
+            segments.plans[window] = block_mask(segments, None if short else window, query.device)
+        elif short and worth and query.device.type == "cpu":
+            segments.plans[window] = parts
+        else:
+            segments.plans[window] = {tree: tree_mask(segments, tree, window, query.device) for tree in segments.trees}
     return segments.plans[window]
 
 
 def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float | None = None, dropout: float = 0.0, segments: Segments | None = None,
-                      sliding_window: int | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
+                      sliding_window: int | None = None, flex: bool = False, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of one layer.
 
     Args:
         query: (1, H, T, d) where a table is given. key, value: (1, H_kv, T, d).
         segments: the table, or None for an ordinary forward or generation.
-        sliding_window: the layer's window in positions, or None.
+        sliding_window: the layer's window in positions, or None. flex: whether `flexed` is to compute it.
 
     Returns:
         (1, T, H, d) and None for the weights.
@@ -180,10 +183,10 @@ def segment_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if segments.seen is not None:
         segments.seen.append(int(getattr(module, "layer_idx", -1)))
-    plan = _plan(segments, sliding_window, query)
+    plan = _plan(segments, sliding_window, query, flex)
     if isinstance(plan, tuple):
         return merged(query, key, value, plan, scaling).contiguous(), None
-    return masked(query, key, value, plan, scaling), None
+    return (masked if isinstance(plan, dict) else flexed)(query, key, value, plan, scaling), None
 
 
 def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
@@ -218,5 +221,61 @@ def masked(
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
 
+def grid(tokens: int) -> int:
+    """Tokens to compute where a kernel is compiled for a length: up to a multiple of BLOCK and of an eighth of the power of two above,
+    so that packed batches of any size have few lengths."""
+    step = max(BLOCK, 1 << max(0, tokens.bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
+    """What is seen, for `flexed`: pieces of BLOCK x BLOCK scores of which nothing, all or some is seen, and `sees` for the latter.
+
+    Counted on the processor from the table alone; no score-sized tensor is made. What fills the grid up sees itself and is not seen.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    (number, end, _), starts, ends = segments.kin, np.array(segments.starts), np.array(segments.ends)
+    length = grid(int(ends[-1]))
+    edges = np.arange(0, length, BLOCK)
+    share = np.clip(np.minimum(ends[:, None], edges + BLOCK) - np.maximum(starts[:, None], edges), 0, None).astype(np.float64)
+    below = (number[None] < number[:, None]) & (number[:, None] < end[None])  # of (descendant, ancestor)
+    seen = share.T @ below @ share + np.tril(share.T @ share, -1) + np.diag((share * (share + 1) / 2).sum(0))
+    whole = (seen == BLOCK**2) & (window is None)
+    some = ((seen > 0) | np.eye(len(edges), dtype=bool)) & ~whole
+    rest = torch.arange(length - int(ends[-1]), dtype=torch.int32)
+    fill = torch.stack([int(end.max()) + rest, int(end.max()) + rest + 1, rest])
+    first, last, place = send(torch.cat([segments.marks, fill], 1), device)
+
+    def rule(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return sees((first[q], last[q], place[q]), (first[k], last[k], place[k]), window)
+
+    def listed(held: np.ndarray) -> Iterator[Tensor]:
+        for values in (held.sum(-1), np.argsort(~held, axis=-1, kind="stable")):
+            yield send(torch.from_numpy(values.astype(np.int32))[None, None], device)
+
+    return BlockMask.from_kv_blocks(*listed(some), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length))
+
+
+@cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flexed(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None = None) -> Tensor:
+    """The same attention by FlexAttention under a `block_mask`: shapes as `merged`. On a processor it is not compiled: for tests."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    length = query.shape[2]
+    wide = [F.pad(x, (0, 0, 0, mask.seq_lengths[0] - length)) for x in (query, key, value)]
+    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    out = attend(*wide, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out[:, :, :length].transpose(1, 2).contiguous()
+
+
 AttentionInterface.register(NAME, segment_attention)
+AttentionInterface.register(FLEX, partial(segment_attention, flex=True))
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(FLEX, sdpa_mask)

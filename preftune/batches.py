@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,12 @@ import torch
 from torch import Tensor
 
 from .store import MISMATCHED, Store
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """To a device, without waiting for what it is doing there: pinned memory is copied beside it."""
+    kind = torch.device(device).type
+    return (x.pin_memory() if kind == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=kind != "cpu")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,30 @@ class Segments:
         while self.prefix[out[-1]] >= 0:
             out.append(self.prefix[out[-1]])
         return out[::-1]
+
+    @cached_property
+    def kin(self) -> np.ndarray:
+        """(3, S) int64: number, end and depth of each segment. Those below it have the numbers up to its end; depth: tokens before it."""
+        size, below = np.subtract(self.ends, self.starts), [1] * len(self.starts)
+        for s, p in reversed(list(enumerate(self.prefix))):
+            if p >= 0:
+                below[p] += below[s]
+        number, depth, free, top = [0] * len(size), [0] * len(size), [0] * len(size), 0
+        for s, p in enumerate(self.prefix):
+            if p < 0:
+                number[s], top = top, top + below[s]
+            else:
+                number[s], free[p], depth[s] = free[p], free[p] + below[s], depth[p] + int(size[p])
+            free[s] = number[s] + 1
+        return np.stack([number, np.add(number, below), depth])
+
+    @cached_property
+    def marks(self) -> Tensor:
+        """(3, T) int32: number and end of the segment of each token, and its position. A token sees those whose range of numbers holds
+        its own number and whose position is not behind its own."""
+        number, end, depth = np.repeat(self.kin, np.subtract(self.ends, self.starts), axis=1)
+        place = np.arange(len(number)) - np.repeat(self.starts, np.subtract(self.ends, self.starts))
+        return torch.from_numpy(np.stack([number, end, depth + place]).astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -95,7 +125,8 @@ class Table:
         return torch.bincount(other, minlength=len(self.list_weight)) > 0
 
     def to(self, device: torch.device | str) -> Table:
-        return Table(**{k: v.to(device) for k, v in vars(self).items()})
+        """All but probabilities and weights of the pairs: how many votes there are must be known without waiting for the device."""
+        return Table(**{k: v if k in ("pair_prob", "pair_weight") else send(v, device) for k, v in vars(self).items()})
 
 
 def join(tables: Sequence[Table]) -> Table:
@@ -136,8 +167,8 @@ class Batch:
         """The same batch with every tensor on `device`."""
         if self.tokens.device == torch.device(device):
             return self
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()}, table=self.table.to(device))
+        moved = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, columns={k: send(v, device) for k, v in self.columns.items()}, table=self.table.to(device))
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ class Fitting(Judged):
     adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients", group="training", low=0, high=1, open_high=True)
     clip: float = option(1.0, "largest gradient norm; 0 does not clip", group="training", low=0)
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass: less memory, more time", group="training")
+    attention: str = option("auto", "how answers attend to their shared prompt: auto, or flex: FlexAttention, compiled, on CUDA only (docs/speed.md)", group="machine", choices=("auto", "flex"))
     auto_micro: bool = option(False, "take a step that runs out of memory again in passes of half the size, and all later ones so; the loss is the same", group="machine")
     # evidence
     eval_every: int | None = option(None, "steps between evaluations. Default: ten evaluations a run, twenty with --stop plateau", group="evidence", low=1)

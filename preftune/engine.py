@@ -163,18 +163,23 @@ def steps(store: Store, records: np.ndarray, order: Order, *, start: int, total:
 
 
 def train(state: State, steps: Iterable[Step], objective: Objective, *, where: Sequence[str] = (),
-          auto_micro: bool = False) -> Iterator[dict[str, Any]]:  # fmt: skip
+          auto_micro: bool = False, ahead: bool = False) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Take every step; yield its metrics after the weights have moved.
+
+    A device is waited for once a step, by `read`: when all of its passes and, with `ahead`, the next step's batches are on their way to it.
 
     Args:
         where: per store record its 'file:line', to name the records of a step that went wrong.
         auto_micro: take a step that does not fit again in passes of half the size, and all later ones in such passes.
+        ahead: ask for the next step before this one's weights have moved; only for steps that do not depend on them.
 
     Raises:
         NumericsError: the loss or the gradient norm is not finite; weights and optimiser are as before the step.
         OutOfMemoryError: the step did not fit; the message says what to lower.
     """
-    for step in steps:
+    source = iter(steps)
+    step = next(source, None)
+    while step is not None:
         began = time.perf_counter()
         lr = state.rate(state.step)
         for group in state.optimizer.param_groups:
@@ -184,8 +189,11 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
             failed.append(_largest(step))
             state.micro_tokens = _halved(step)
             step = _cut(state, step)
-        loss, sums, carry = got
-        norm = _norm(list(state.masters.values()))
+        unread, means, carry = got
+        numbers = [unread, _norm(list(state.masters.values())), *means.values()]
+        after = next(source, None) if ahead else None
+        loss, norm, *values = read(numbers)
+        sums = dict(zip(means, values, strict=True))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite, so the step was not taken. "
                                 f"Its records: {some([_name(r, where) for r in step.records])}")  # fmt: skip
@@ -206,6 +214,12 @@ def train(state: State, steps: Iterable[Step], objective: Objective, *, where: S
                "tokens_per_second": tokens / seconds, "seconds": state.seconds, **leap,
                **({"micro_tokens": state.micro_tokens} if state.micro_tokens else {}),
                **({"did_not_fit": failed} if failed else {})}  # fmt: skip
+        step = after if ahead else next(source, None)
+
+
+def read(values: Sequence[Tensor]) -> list[float]:
+    """Numbers () as numbers of Python, in one go: on a device this waits for all that was asked of it."""
+    return [float(x) for x in torch.stack([x.double() for x in values]).tolist()]
 
 
 def _largest(step: Step) -> int:
@@ -225,7 +239,7 @@ def _cut(state: State, step: Step) -> Step:
 
 
 def _attempt(state: State, step: Step, objective: Objective, *,
-             auto_micro: bool) -> tuple[float, dict[str, float], dict[str, float]] | None:  # fmt: skip
+             auto_micro: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, float]] | None:  # fmt: skip
     """What `accumulate` returns; None where the step did not fit and smaller passes can be tried. Raises OutOfMemoryError."""
     for tensor in (*state.weights.values(), *state.masters.values()):
         tensor.grad = None
@@ -312,8 +326,9 @@ def fits(folder: str = "") -> Iterator[None]:
                                f"--eval-samples{again}") from error  # fmt: skip
 
 
-def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Gradients of the step's loss into the masters' .grad (fp32); returns the loss, the mean metrics, and what is to be carried on.
+def accumulate(state: State, step: Step, objective: Objective) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+    """Gradients of the step's loss into the masters' .grad (fp32); returns the loss, the mean metrics (numbers that are not read yet: a
+    device may still be at work on them), and what is to be carried on.
 
     Separable terms: each micro-batch forward and backward once. Batch statistics over several micro-batches: all columns first
     without gradient, the gradient of the loss with respect to the columns, then each micro-batch again with that gradient.
@@ -321,24 +336,23 @@ def accumulate(state: State, step: Step, objective: Objective) -> tuple[float, d
     several = len(step.micro) > 1 and not objective.separable
     carry = {**objective.carry, **state.carry}
     slopes = _column_slopes(state.model, step, objective, carry) if several else [None] * len(step.micro)
-    loss, columns = 0.0, []
+    parts, columns = list[Tensor](), []
     for batch, slope in zip(step.micro, slopes, strict=True):
         scored = objective.score(state.model, batch)
         columns.append(scored.each(Tensor.detach))
         if slope is None:
             part = total(objective.terms(scored, batch.table, carry), step.totals)
-            loss += part.item()
+            parts.append(part.detach())
             part.backward()
         else:
             torch.autograd.backward(*zip(*((x, slope[name]) for name, x in _columns(scored) if x.requires_grad), strict=True))
         collect(state)
     whole, table = join_columns(columns), join([b.table for b in step.micro])
     terms = objective.terms(whole, table, carry)
-    if several:
-        loss = total(terms, step.totals).item()
-    sums = {name: float(values.mean()) for name, values in objective.metrics(whole, table).items() if len(values)}
+    loss = total(terms, step.totals) if several else sum(parts[1:], parts[0])
+    sums = {name: values.mean() for name, values in objective.metrics(whole, table).items() if len(values)}
     if len(terms) > 1:
-        sums |= {f"loss/{name}": float(value) / step.totals[den] for name, (value, den) in terms.items() if step.totals[den]}
+        sums |= {f"loss/{name}": value.detach() / step.totals[den] for name, (value, den) in terms.items() if step.totals[den]}
     return loss, sums, objective.advance(whole, table, carry)
 
 
@@ -373,9 +387,9 @@ def publish(state: State) -> None:
                 weight.copy_(state.masters[name])
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     grads = [t.grad for t in tensors if t.grad is not None]
-    return float(torch.stack(torch._foreach_norm(grads)).double().norm()) if grads else 0.0
+    return torch.stack(torch._foreach_norm(grads)).double().norm() if grads else tensors[0].new_zeros(())
 
 
 # ---------------------------------------------------------------- saving and restoring

@@ -439,6 +439,14 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
+def use_flex(model: nn.Module) -> nn.Module:
+    """The packed attention by FlexAttention. Raises UsageError where the model is run one row per response."""
+    if not model.reads_segments:
+        raise UsageError(f"--attention flex has no effect: one row per response, since {packing_refusal(model.config)}")
+    model.set_attn_implementation(attention.FLEX)
+    return model
+
+
 def no_dropout(model: nn.Module) -> None:
     """So that train mode, which gradient checkpointing asks for, changes nothing either."""
     for module in model.modules():

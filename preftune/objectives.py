@@ -360,7 +360,8 @@ def _score_metrics(named: Sequence[tuple[float, str, Loss, Mapping[str, float]]]
         score, values = columns.policy, {}
         if len(table.pair):
             good, bad = score[table.pair[:, 0]], score[table.pair[:, 1]]
-            agrees = torch.where(good > bad, table.pair_prob, torch.where(good < bad, 1 - table.pair_prob, 0.5))
+            prob = table.pair_prob.to(good.device, non_blocking=True)
+            agrees = torch.where(good > bad, prob, torch.where(good < bad, 1 - prob, 0.5))
             values = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad, "rewards/accuracies": agrees}
         if kinds & {"lists", "orders"}:
             values["rankings/tau"], values["rankings/exact"] = agreement(score[table.item], _rankings(table))

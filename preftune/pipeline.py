@@ -229,6 +229,8 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
     device = models.pick_device(options.device)
+    if options.attention == "flex" and not device.startswith("cuda"):
+        raise UsageError(f"--attention flex: FlexAttention has no gradients but on CUDA, and here is {device}; leave it out")
     scoring, truth, training_reward = scorers(options, device)
     work = reference.cache_folder().with_name("work")
     taken = intake.read_records(task, own, work)
@@ -239,6 +241,7 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     size = models.parameters_of(model)
     if options.adapter == "continue":
         model = adapters.go_on(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+    model = models.use_flex(model) if options.attention == "flex" else model
     models.use_threads(model, options.threads)
     if refusal := models.packing_refusal(model.config):
         say(f"one row per response: {refusal}")
@@ -257,7 +260,8 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     train = np.flatnonzero(~held) if task.prompts else readable(store, objective, np.flatnonzero(~held))
     counted = {} if task.prompts else _partition(store, train, objective)
     # Merged weights are rounded, those of an adapter beside its base are not: two references.
-    key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base, dtype=options.dtype, device=device)
+    key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base,
+                             dtype=options.dtype if options.attention == "auto" else f"{options.dtype} flex", device=device)  # fmt: skip
     columns = {} if task.prompts else _columns(model, store, key, objective, options, device)
     held_index = np.flatnonzero(held & usable & (not task.prompts))
     if not len(held_index) and (options.patience or options.publish == "best"):
@@ -440,6 +444,7 @@ def what_trains(model: Any, options: Training, device: str, *, frozen_too: bool)
         )
     elif (options.eval_prompts or frozen_too) and options.adapter == "merge":
         frozen, _ = models.load(str(options.model), dtype=options.dtype, device=device, offline=options.offline)
+        frozen = models.use_flex(frozen) if options.attention == "flex" else frozen
     if options.freeze:
         kept = models.freeze(model, options.freeze)
     if options.gradient_checkpointing:
@@ -576,7 +581,8 @@ def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoi
         stop.check(save, task.verb, folder)
         steps = _steps(task, options, setup, state, kept, found, state.step if over() else total)
         objective = _beside(setup.objective, state.moving.model) if state.moving else setup.objective
-        for line in engine.train(state, steps, objective, where=setup.store.where, auto_micro=options.auto_micro):
+        for line in engine.train(state, steps, objective, where=setup.store.where, auto_micro=options.auto_micro,
+                                 ahead=task.rolls is None):  # fmt: skip
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
             track(line)

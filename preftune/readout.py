@@ -24,6 +24,7 @@ from .batches import Batch
 
 GIVEN = "given"  # the name of the frozen copy of an adapter that goes on training
 LOGITS = 1 << 24  # logits that may exist at once: 64 MB in fp32
+WIDE = 1 << 20  # those that a processor goes over at once in fp32
 SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite divides, Cohere multiplies, Gemma soft-caps
 
 
@@ -97,6 +98,15 @@ def _chunk(vocabulary: int) -> int:
     return max(1, LOGITS // vocabulary)
 
 
+def _pieces(logits: Tensor, first: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a chunk to go over at once in fp32, in the chunk and in all (it begins at `first`): few on a processor, where their copy
+    stays in its cache; on a GPU all."""
+    size = len(logits) if logits.device.type == "cuda" else max(1, WIDE // logits.shape[1])
+    for a in range(0, len(logits), size):
+        b = min(a + size, len(logits))
+        yield slice(a, b), slice(first + a, first + b)
+
+
 class _LinearLogps(torch.autograd.Function):
     """log softmax(states W^T + b)[target] without keeping it: logits are made a chunk at a time, again in the backward pass.
 
@@ -109,12 +119,12 @@ class _LinearLogps(torch.autograd.Function):
         out = torch.empty(len(states), dtype=_wide(states[:0]).dtype, device=states.device)
         lse, kept = torch.empty_like(out), None
         for a in range(0, len(states), size):
-            piece = slice(a, a + size)
-            logits = F.linear(states[piece], weight, bias)
+            logits = F.linear(states[a : a + size], weight, bias)
             kept = logits if size >= len(states) else None
-            wide = _wide(logits)
-            lse[piece] = wide.logsumexp(-1)
-            out[piece] = wide.gather(-1, target[piece, None])[:, 0] - lse[piece]
+            for rows, piece in _pieces(logits, a):
+                wide = _wide(logits[rows])
+                lse[piece] = wide.logsumexp(-1)
+                out[piece] = wide.gather(-1, target[piece, None])[:, 0] - lse[piece]
         ctx.save_for_backward(states, weight, bias, target, lse, kept)
         ctx.size = size
         return out
@@ -128,20 +138,23 @@ class _LinearLogps(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=lse.dtype if several else weight.dtype) if wants[1] else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if wants[2] else None
         for a in range(0, len(states), ctx.size):
-            piece = slice(a, a + ctx.size)
-            logits = kept if kept is not None else F.linear(states[piece], weight, bias)
-            grad = torch.sub(logits, lse[piece, None], out=torch.empty(logits.shape, dtype=lse.dtype, device=logits.device))
-            grad.exp_().mul_(-slope[piece, None])
-            grad.scatter_add_(1, target[piece, None], slope[piece, None])
-            if d_bias is not None:
-                d_bias += grad.sum(0)
-            grad = grad.to(states.dtype)
+            chunk = slice(a, a + ctx.size)
+            # The gradient takes the place of the logits; autograd refuses to read them again.
+            grad = kept if kept is not None else F.linear(states[chunk], weight, bias)
+            for rows, piece in _pieces(grad, a):
+                wide = _wide(grad[rows])
+                wide.sub_(lse[piece, None]).exp_().mul_(-slope[piece, None])
+                wide.scatter_add_(1, target[piece, None], slope[piece, None])
+                if d_bias is not None:
+                    d_bias += wide.sum(0)
+                if wide.dtype != grad.dtype:
+                    grad[rows] = wide
             if d_states is not None:
-                d_states[piece] = grad @ weight
+                d_states[chunk] = grad @ weight
             if d_weight is not None and d_weight.dtype == grad.dtype:
-                d_weight.addmm_(grad.t(), states[piece])
+                d_weight.addmm_(grad.t(), states[chunk])
             elif d_weight is not None:
-                d_weight += grad.t() @ states[piece]
+                d_weight += grad.t() @ states[chunk]
         return (d_states, None if d_weight is None else d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype),
                 None, None)  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_tdpo2_holds_the_chosen_side():
     weight, gradients, losses = model.lm_head.weight, [], []
     for objective in objectives:
         weight.grad = None
-        losses.append(engine.accumulate(engine.make_state(model, rate=lambda s: 0.0, clip=0.0), step, objective)[0])
+        losses.append(float(engine.accumulate(engine.make_state(model, rate=lambda s: 0.0, clip=0.0), step, objective)[0]))
         gradients.append(weight.grad.clone())
     assert losses[0] == losses[1] and (gradients[0] - gradients[1]).abs().max() > 1e-3
     batch, table = step.micro[0], step.micro[0].table
@@ -212,7 +212,7 @@ def test_a_common_beginning_in_the_prompt_is_the_same_loss(name):
         step = make_step(store, [0], micro_tokens=10_000, columns={"reference": column})
         state = engine.make_state(model, rate=lambda s: 0.0, clip=0.0)
         loss, *_ = engine.accumulate(state, step, replace(preference([(1.0, name, {})]), frozen=still))
-        found.append((loss, model.lm_head.weight.grad.clone(), step.totals["tokens"]))
+        found.append((float(loss), model.lm_head.weight.grad.clone(), step.totals["tokens"]))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-12)
     assert found[0][1].abs().max() > 1e-4 and found[0][2] == found[1][2] + len(mine), "and the beginning is trained in one of them only"
@@ -231,7 +231,7 @@ def test_branches_through_a_transformer():
         state = engine.make_state(copy.deepcopy(policy), rate=lambda s: 0.0, clip=0.0)
         loss, *_ = engine.accumulate(state, make_step(store, [0], micro_tokens=1000, columns={"reference": column}),
                                      preference([(1.0, "sigmoid", {"beta": 0.5})]))  # fmt: skip
-        found.append((loss, {n: m.grad for n, m in state.masters.items() if m.grad is not None}))
+        found.append((float(loss), {n: m.grad for n, m in state.masters.items() if m.grad is not None}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     largest = max(float(g.abs().max()) for g in found[0][1].values())
     assert all(float((found[1][1][n] - g).abs().max()) < 1e-5 * largest for n, g in found[0][1].items())

@@ -69,7 +69,7 @@ def gradients(model: Any, step: Any, objective: Any) -> tuple[float, dict[str, t
     for p in model.parameters():
         p.grad = None
     loss, *_ = engine.accumulate(state, step, objective)
-    return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def learning(name: str, policy: Any) -> Any:

@@ -107,7 +107,7 @@ def test_gradients_by_finite_differences_in_float64(name):
             with torch.no_grad():
                 weight[v, k] += sign * step_size
             weight.grad = None
-            values.append(engine.accumulate(state, step, objective)[0])
+            values.append(float(engine.accumulate(state, step, objective)[0]))
             with torch.no_grad():
                 weight[v, k] -= sign * step_size
         slack = 1e-7 * max(1.0, abs(values[0]))
@@ -145,7 +145,7 @@ def test_population_dpo_through_the_engine_gives_the_exact_optimum(name, beta):
 
     def closure() -> float:
         model.lm_head.weight.grad = None
-        return engine.accumulate(state, step, objective)[0]
+        return float(engine.accumulate(state, step, objective)[0])
 
     solver.step(closure)
     batch = make_batch(store, [0])

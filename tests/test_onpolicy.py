@@ -330,7 +330,7 @@ def test_any_cut_into_micro_batches_is_the_same_step(rules):
         state = engine.make_state(learner, rate=lambda step: 0.0, clip=0.0)
         step = make_step(store, range(5), micro_tokens=size, columns=columns)
         loss, metrics, _ = engine.accumulate(state, step, objective)
-        seen.append((loss, metrics, {n: p.grad.clone() for n, p in learner.named_parameters()}))
+        seen.append((float(loss), {k: float(v) for k, v in metrics.items()}, {n: p.grad.clone() for n, p in learner.named_parameters()}))
         assert len(step.micro) == (1 if size > 1 else 5)
     (loss, metrics, grads), (other, others, slopes) = seen
     assert loss == pytest.approx(other, rel=1e-12) and metrics == pytest.approx(others, rel=1e-12)

@@ -48,7 +48,7 @@ def scored(loss: str, store, *, share: bool = True, micro: int = 10_000, **numbe
     state = engine.make_state(net, rate=lambda step: 0.0, clip=0.0)
     step = make_step(store, range(len(store)), micro_tokens=micro, share=share)
     value, _, _ = engine.accumulate(state, step, preference(parts, read="scalar"))
-    return value, {name: w.grad.clone() for name, w in state.weights.items() if w.grad is not None}
+    return float(value), {name: w.grad.clone() for name, w in state.weights.items() if w.grad is not None}
 
 
 def test_a_list_of_two_is_bradley_terry_to_the_last_bit():

@@ -81,13 +81,18 @@ class Loss:
 
 
 def votes(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor) -> tuple[Side, Side, Tensor]:
-    """Each pair as votes for and votes against it, those without a vote left out: (chosen, rejected, votes), at most 2B of them."""
+    """Each pair as votes for and votes against it, those without a vote left out: (chosen, rejected, votes), at most 2B of them.
+
+    prob and weight may stand on the processor: what is left out is then known without waiting for the device of the sides.
+    """
     if loss.soft == "ignore":
         prob = (prob >= 0.5).to(weight.dtype)
     count = torch.cat([weight * prob, weight * (1 - prob)])
     (rows,) = torch.nonzero(count, as_tuple=True)
     both = Side(**{name: None if x is None else torch.cat([x, getattr(rejected, name)]) for name, x in vars(chosen).items()})
-    return both[rows], both[(rows + len(weight)) % len(count)], count[rows]
+    other, place = (rows + len(weight)) % len(count), chosen.policy.device
+    rows, other, count = (x.to(place, non_blocking=True) for x in (rows, other, count[rows]))
+    return both[rows], both[other], count
 
 
 def expected(loss: Loss, chosen: Side, rejected: Side, prob: Tensor, weight: Tensor, carry: Mapping[str, float] | None = None,
