@@ -465,12 +465,13 @@ def packing_refusal(config: Any) -> str | None:
     return None
 
 
-def pick_device(name: str) -> str:
-    """'auto' is cuda where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str, *, flex: bool = False) -> str:
+    """'auto' is cuda where there is one. Raises UsageError where there is none and the name or `flex` asks for it."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device here; use cpu")
+    if flex and not name.startswith("cuda"):
+        raise UsageError(f"--attention flex: FlexAttention has no gradients but on CUDA, and here is {name}; leave it out")
     return name
 
 

@@ -228,9 +228,7 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     objective = task.objective(own)
     engine.optimiser_named(options.optimiser)
     trackers.require(options.track, offline=options.offline)
-    device = models.pick_device(options.device)
-    if options.attention == "flex" and not device.startswith("cuda"):
-        raise UsageError(f"--attention flex: FlexAttention has no gradients but on CUDA, and here is {device}; leave it out")
+    device = models.pick_device(options.device, flex=options.attention == "flex")
     scoring, truth, training_reward = scorers(options, device)
     work = reference.cache_folder().with_name("work")
     taken = intake.read_records(task, own, work)
@@ -259,9 +257,7 @@ def prepare(task: Task, own: Fitting, *, fresh: bool = True) -> Setup:
     usable = np.full(len(store), True) if task.prompts else judged(store, objective)
     train = np.flatnonzero(~held) if task.prompts else readable(store, objective, np.flatnonzero(~held))
     counted = {} if task.prompts else _partition(store, train, objective)
-    # Merged weights are rounded, those of an adapter beside its base are not: two references.
-    key = reference.identity(store, f"{base} apart" if options.adapter == "continue" else base,
-                             dtype=options.dtype if options.attention == "auto" else f"{options.dtype} flex", device=device)  # fmt: skip
+    key = _identity(store, base, options, device)
     columns = {} if task.prompts else _columns(model, store, key, objective, options, device)
     held_index = np.flatnonzero(held & usable & (not task.prompts))
     if not len(held_index) and (options.patience or options.publish == "best"):
@@ -479,6 +475,12 @@ def _partition(store: Store, records: np.ndarray, objective: Objective) -> dict[
     return found
 
 
+def _identity(store: Store, base: str, options: Training, device: str) -> str:
+    """Of the reference column. Merged weights are rounded, those of an adapter beside its base are not: two references."""
+    return reference.identity(store, base + " apart" * (options.adapter == "continue"),
+                              dtype=options.dtype + " flex" * (options.attention == "flex"), device=device)  # fmt: skip
+
+
 def _columns(model: Any, store: Store, key: str, objective: Objective, options: Training, device: str) -> dict[str, np.ndarray]:
     if objective.reference == "none":
         return {}
@@ -581,8 +583,7 @@ def _train(task: Task, own: Fitting, folder: Path, setup: Setup, found: checkpoi
         stop.check(save, task.verb, folder)
         steps = _steps(task, options, setup, state, kept, found, state.step if over() else total)
         objective = _beside(setup.objective, state.moving.model) if state.moving else setup.objective
-        for line in engine.train(state, steps, objective, where=setup.store.where, auto_micro=options.auto_micro,
-                                 ahead=task.rolls is None):  # fmt: skip
+        for line in engine.train(state, steps, objective, where=setup.store.where, auto_micro=options.auto_micro, ahead=not task.prompts):
             line = {"step": line["step"], "epoch": state.step / setup.order.per_epoch} | line
             metrics.add(line)
             track(line)

@@ -20,7 +20,8 @@ from preftune.objectives import preference, supervised
 WAITS = {
     "plackett-luce", "plackett-luce-breslow", "plackett-luce-davidson", "lipo", "s-dpo", "davidson", "rao-kupper",  # lists
     "d2po", "soft", "soft-square", "soft-kl", "soft-reverse-kl", "soft-pessimistic", "rebel", "grades", "square",  # scores
-    "value", "value-quantile", "anchor", "optimism", "ld-dpo", "beta-dpo",  # samples of the reference, tokens, earlier steps
+    "value", "value-learned", "value-quantile", "anchor", "optimism",  # samples of the reference
+    "nominal", "ld-dpo", "beta-dpo",  # classes, tokens, earlier steps
 }  # fmt: skip
 
 
