@@ -240,7 +240,7 @@ def block_mask(segments: Segments, window: int | None, device: torch.device) -> 
     edges = np.arange(0, length, BLOCK)
     share = np.clip(np.minimum(ends[:, None], edges + BLOCK) - np.maximum(starts[:, None], edges), 0, None).astype(np.float64)
     below = (number[None] < number[:, None]) & (number[:, None] < end[None])  # of (descendant, ancestor)
-    seen = share.T @ below @ share + np.tril(share.T @ share, -1) + np.diag((share * (share + 1) / 2).sum(0))
+    seen = share.T @ below @ share + np.tril(share.T @ share, -1)  # on the diagonal never all
     whole = (seen == BLOCK**2) & (window is None)
     some = ((seen > 0) | np.eye(len(edges), dtype=bool)) & ~whole
     rest = torch.arange(length - int(ends[-1]), dtype=torch.int32)
