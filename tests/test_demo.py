@@ -40,7 +40,7 @@ def test_the_whole_demo(tmp_path, capsys):
     assert before["unparsable"]["mean"] < 0.02 and after["unparsable"]["mean"] <= 0.03
     assert after["reward"]["low"] > before["reward"]["high"] and after["reward"]["high"] < best["reward"]["low"]
     gained = (after["reward"]["mean"] - before["reward"]["mean"]) / (best["reward"]["mean"] - before["reward"]["mean"])
-    assert gained > 0.4 and 0 < after["kl"]["mean"] < best["kl"]["mean"] and best["unparsable"]["mean"] < 1e-3
+    assert gained > 0.6 and 0 < after["kl"]["mean"] < best["kl"]["mean"] and best["unparsable"]["mean"] < 1e-3
     assert told["reward_model"]["correlation"] > 0.4 and told["seconds"] > 0
     for name in ("best of 4", "after DPO", "after PPO"):
         assert rows[name]["reward"]["low"] > before["reward"]["high"] and 0 < rows[name]["short"]["mean"] < 2 / 3 * before["short"]["mean"]
@@ -174,5 +174,5 @@ def test_the_correlation_is_that_under_the_start():
 
 def test_break_is_the_same_world_with_the_levers_turned():
     changed = {k for k, v in vars(demo.BREAK).items() if v != vars(demo.RECIPE)[k]}
-    assert changed == {"beta", "rate", "loss", "reward_passes"}  # no reward model: what is spoilt is DPO
+    assert changed == {"beta", "rate", "loss", "passes", "against"}  # no reward model: what is spoilt is DPO
     assert Path(demo.__file__).name == "demo.py"

@@ -53,8 +53,8 @@ class Recipe:
 
     Args:
         width, inner: size of the two-layer model. sft_steps, sft_batch, sft_rate: training from scratch; 4 replies a record.
-        samples: replies drawn per training prompt, judged in groups of `group`. beta, rate, batch: DPO, one pass. loss: its loss.
-        reward_passes, reward_rate, reward_batch: the reward model, on the same pairs; 0 passes: neither reward model nor PPO.
+        samples: replies drawn per training prompt, judged in groups of `group`. passes: over the verdicts, of DPO and of the reward model.
+        beta, rate, batch, loss: DPO. reward_rate, reward_batch: the reward model. against: whether it and PPO are trained at all.
         ppo_passes: over the prompts, at the same beta. ppo_round, ppo_batch: prompts of a round, and of a step, two passes over a round.
         ppo_answers: per prompt.
     """
@@ -66,11 +66,12 @@ class Recipe:
     sft_rate: float = 5e-3
     samples: int = 48
     group: int = 8
+    passes: int = 3
     beta: float = 0.3
     rate: float = 6e-4
     batch: int = 4
     loss: str = "sigmoid+0.2*nll"
-    reward_passes: int = 3
+    against: bool = True
     reward_rate: float = 3e-3
     reward_batch: int = 2
     ppo_passes: int = 3
@@ -81,7 +82,7 @@ class Recipe:
 
 
 RECIPE = Recipe()
-BREAK = Recipe(beta=0.1, rate=2e-3, loss="sigmoid", reward_passes=0)  # what is spoilt is DPO
+BREAK = Recipe(beta=0.1, rate=2e-3, loss="sigmoid", passes=1, against=False)  # what is spoilt is DPO
 BEST_OF = (2, 4, 8, 16)  # what best-of-n is drawn at
 HIDDEN = {f"best of {n}" for n in BEST_OF if n != 4}  # from the table: the KL of best of 4 is near that of DPO
 OPTIMUM = "optimum pi*"
@@ -138,16 +139,17 @@ def run(options: Demo, recipe: Recipe | None = None) -> int:
 
 def _train(folder: Path, options: Demo, recipe: Recipe, held: int) -> dict[str, Path]:
     """DPO on the pairs; a reward model on the same pairs, and PPO against it. Run folders by the method's name."""
-    ways = {"DPO": folder / "dpo"} | ({"PPO": folder / "ppo"} if recipe.reward_passes else {})
+    ways = {"DPO": folder / "dpo"} | ({"PPO": folder / "ppo"} if recipe.against else {})
     common: dict[str, Any] = {"model": str(folder / "base"), "data": [str(folder / "pairs.jsonl")],
                               "eval_data": [str(folder / "held_out.jsonl")], "seed": options.seed, "threads": options.threads or 1,
                               "offline": True}  # fmt: skip
     judged: dict[str, Any] = common | {"eval_reward": f"python:{folder / 'judge.py'}:judge", "eval_prompts": held, "eval_samples": 4,
                                        "sample_tokens": 40, "beta": recipe.beta}  # fmt: skip
-    run_dpo(Dpo(**judged, output=str(ways["DPO"]), loss=recipe.loss, lr=recipe.rate, batch_size=recipe.batch))
+    run_dpo(Dpo(**judged, output=str(ways["DPO"]), loss=recipe.loss, lr=recipe.rate, batch_size=recipe.batch,
+                epochs=recipe.passes))
     say(f"4/6 DPO on the pairs -> {ways['DPO']}")
     if "PPO" in ways:
-        run_reward(Reward(**common, output=str(folder / "reward"), epochs=recipe.reward_passes, lr=recipe.reward_rate,
+        run_reward(Reward(**common, output=str(folder / "reward"), epochs=recipe.passes, lr=recipe.reward_rate,
                           batch_size=recipe.reward_batch, adam_beta2=0.98, eval_every=100, report=False))  # fmt: skip
         run_ppo(Ppo(**judged, output=str(ways["PPO"]), reward=f"model:{folder / 'reward'}", lr=recipe.ppo_rate, epochs=recipe.ppo_passes,
                     rollout_prompts=recipe.ppo_round, batch_size=recipe.ppo_batch, k=recipe.ppo_answers, passes=2,
@@ -374,8 +376,8 @@ AGAINST = (
     "The other way from the same verdicts, at the same beta: a reward model, then PPO on the model's own answers. The reward model agrees "
     "with {agreement:.1%} of held-out verdicts; its scores correlate {correlation:.2f} with the hidden reward. PPO moved the reward by "
     "{gained:+.2f}, and has {objective:.0%} of what can be had. Best of 4 trains no policy: four replies of the start, the best by the "
-    "reward model; its distribution is summed as exactly as the others. No contest at equal cost: DPO passed over the verdicts once, the "
-    "reward model {passes} times (docs/dpo-or-ppo.md).",
+    "reward model; its distribution is summed as exactly as the others. DPO and the reward model passed over the verdicts {passes} times "
+    "each; what PPO drew and had scored comes on top (docs/dpo-or-ppo.md).",
     "The figure: dashed, pi* at every beta; nothing can be above it. Large marks are exact, small ones are samples taken while training.",
 )
 BROKEN = (
@@ -410,7 +412,7 @@ def _extra(rows: list[dict[str, Any]], recipe: Recipe, options: Demo, results: d
     known = {"prompts": len(grammar.split(options.language, options.seed)[1]), "beta": recipe.beta}
     said = [text.format(**known, **_gains(rows, "after DPO")) for text in EXPLAINED]
     if any(r["model"] == "after PPO" for r in rows):
-        said += [text.format(**results["reward_model"], passes=recipe.reward_passes, **_gains(rows, "after PPO")) for text in AGAINST]
+        said += [text.format(**results["reward_model"], passes=recipe.passes, **_gains(rows, "after PPO")) for text in AGAINST]
     if options.break_:
         start, end = (f"{r['unparsable']['mean']:.1%}" for r in rows[:2])
         before, after = results["before"], results["after"]
