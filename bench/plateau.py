@@ -33,7 +33,8 @@ LIMIT = {"kl_limit": 4.0, "kl_unit": "sequence"}  # pi* at beta .3 is 1.6 nats a
 # name -> (verb, options)
 RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dpo, long": (dpo, Dpo, {"lr": 6e-4, "epochs": 8, "batch_size": 4, "beta": 0.3, "loss": demo.RECIPE.loss, "eval_every": 12}),
-    "dpo, short": (dpo, Dpo, {"lr": 1e-4, "epochs": 1, "batch_size": 4, "beta": 0.3, "loss": demo.RECIPE.loss, "eval_every": 4}),
+    "dpo, slow": (dpo, Dpo, {"lr": 1e-4, "epochs": 1, "batch_size": 4, "beta": 0.3, "loss": demo.RECIPE.loss, "eval_every": 4}),
+    "dpo, short": (dpo, Dpo, {"lr": 6e-4, "epochs": 1, "batch_size": 4, "beta": 0.3, "loss": demo.RECIPE.loss, "eval_every": 8}),
     "ppo, long": (ppo, Ppo, {"lr": 1e-3, "epochs": 16, "batch_size": 16, "rollout_prompts": 32, "k": 4, "passes": 2, "beta": 0.3}),
     "ppo, short": (ppo, Ppo, {"lr": 3e-4, "epochs": 3, "batch_size": 16, "rollout_prompts": 32, "k": 4, "passes": 2, "beta": 0.3}),
 }

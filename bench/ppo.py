@@ -30,8 +30,8 @@ RESULTS = speed.ROOT / "bench" / "results" / "ppo.txt"
 MODEL = (4096, 256, 4, 4, 4, 704)  # as speed.SHAPES has it: 5.3 million weights
 PROMPTS, K, PASSES, PARTS, BETA, RATE = 8, 4, 2, 2, 0.05, 1e-5
 SHAPES: dict[str, dict[str, Any]] = {
-    "long prompts": {"model": MODEL, "prompt": (128, 256), "response": 48},
-    "short prompts": {"model": MODEL, "prompt": (16, 48), "response": 64},
+    "long prompts": {"model": MODEL, "prompt": (128, 256), "response": 32},
+    "short prompts": {"model": MODEL, "prompt": (16, 48), "response": 48},
 }
 KINDS = {"rloo": ("ours", "trl"), "group": ("ours", "trl"), "gae": ("ours",)}
 

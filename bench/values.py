@@ -1,6 +1,7 @@
 """Where the value model of PPO begins: a head of zeros, a copy of the policy, the reward model. What each explains, and what it is worth.
 
-    python bench/values.py [SEEDS]   # some minutes on one core; writes bench/results/values.txt
+    python bench/values.py                          # some minutes on one core; writes bench/results/values.txt
+    python bench/values.py head@0.1:0-3 copy:3-6    # a start, its learning rate in those of the policy, seeds from and to
 
 The demo's grammar: a model from scratch, a reward model of its size trained on judged samples, PPO against it with each start and seed. By
 round: the share of the variance of rewards to come that the values explain (`val/explained`), and the reward model's score; at the
@@ -36,7 +37,7 @@ SPANS = ((1, 1), (2, 4), (5, 12), (13, 24))  # rounds
 
 def main() -> None:
     torch.set_num_threads(1)
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    wanted = sys.argv[1:] or ("head:0-3", "head@0.1:0-3", "copy:0-3", "reward:0-3")
     train, held = grammar.split("en", 0)
     recipe, lines = replace(demo.RECIPE, sft_steps=1000), []
     with tempfile.TemporaryDirectory() as name:
@@ -55,15 +56,16 @@ def main() -> None:
         lines += [f"{models.parameters_of(model):,} weights, {len(train)} prompts, beta {BETA}; the reward model gets "
                   f"{after['eval/rewards/accuracies']:.1%} of {after['eval/pairs']} held-out pairs right", ""]  # fmt: skip
         spans = "  ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in SPANS)
-        lines += [f"start   seed   explained in rounds {spans}   score in rounds {spans}   judge   KL    judge - beta KL"]
+        lines += [f"start     seed   explained in rounds {spans}   score in rounds {spans}   judge   KL    judge - beta KL"]
         ends: dict[str, list[float]] = {}
-        for start in ("head", "copy", "reward"):
-            for seed in range(seeds):
+        for start, _, span in (words.partition(":") for words in wanted):
+            for seed in range(*map(int, span.split("-"))):
                 run = folder / f"{start}-{seed}"
+                kind, _, factor = start.partition("@")
                 ppo.run(Ppo(**common, output=str(run), reward=f"model:{folder / 'reward'}",
-                            eval_reward=f"python:{folder / 'judge.py'}:judge", value=start, seed=seed, beta=BETA, lr=1e-3,
-                            batch_size=32, rollout_prompts=64, passes=2, epochs=6, sample_tokens=40, eval_prompts=len(held),
-                            eval_samples=8, eval_every=1000, save_every=1000))  # fmt: skip
+                            eval_reward=f"python:{folder / 'judge.py'}:judge", value=kind, value_lr=float(factor or 1), seed=seed,
+                            beta=BETA, lr=1e-3, batch_size=32, rollout_prompts=64, passes=2, epochs=6, sample_tokens=40,
+                            eval_prompts=len(held), eval_samples=8, eval_every=1000, save_every=1000))  # fmt: skip
                 rounds = [row for row in read_jsonl(run / "metrics.jsonl") if "val/explained" in row]
                 told = read_json(run / "results.json")["after"]
                 table = {of: [np.mean([row[of] for row in rounds[a - 1 : b]]) for a, b in SPANS]
@@ -71,7 +73,7 @@ def main() -> None:
                 whole = told["reward"] - BETA * told["kl_sequence_rb"]
                 ends.setdefault(start, []).append(whole)
                 shown = ("  ".join(f"{x:5.2f}" for x in table[of]) for of in table)
-                lines.append(f"{start:7} {seed:4}   {'   '.join(shown)}   {told['reward']:.2f} ± {told['reward_se']:.2f}   "
+                lines.append(f"{start:9} {seed:4}   {'   '.join(shown)}   {told['reward']:.2f} ± {told['reward_se']:.2f}   "
                              f"{told['kl_sequence_rb']:.2f}   {whole:.2f}   ({len(rounds)} rounds)")  # fmt: skip
                 print(lines[-1], flush=True)
         lines += ["", *(f"{start}: {np.mean(found):.3f} (seeds {min(found):.3f} to {max(found):.3f})" for start, found in ends.items()),

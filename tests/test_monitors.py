@@ -15,11 +15,11 @@ from scipy import stats
 from test_dpo import same_run
 
 from preftune import config, monitors
-from preftune.config import Dpo, Sft, build
+from preftune.config import Dpo, OnlineDpo, Ppo, Reward, Sft, build
 from preftune.errors import UsageError
 from preftune.monitors import Gate, alarms, interval, judge, note, per_token, trend
 from preftune.report import findings
-from preftune.stages import dpo, sft
+from preftune.stages import dpo, online, ppo, reward, sft
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 GATE = Gate(6, 0.05)
@@ -204,6 +204,7 @@ def proxy(prompt, response): return float(response.count("a"))
 def truth(prompt, response): return float(1 - abs(response.count("a") - 1))
 def sound(prompt, response): return float(0 < len(response) <= 8 and set(response) <= set("abcd"))
 def one(prompt, response): return 1.0
+def first(prompt, response): return float(response[:1] == "a")
 """
 
 
@@ -314,3 +315,52 @@ def test_what_could_never_stop_is_refused(speller, tmp_path):
 def test_planted_a_constant_reward(speller, tmp_path):
     results, told = ran(speller, tmp_path, len, eval_reward="one", max_steps=1, eval_every=1)
     assert told["constant"] == "Every answer got the same reward" and results["alarms"]["constant"]["value"] == 1.0
+
+
+# --- the gate over the policy's own answers -------------------------------------------------------------------------------------
+
+
+def rolled(speller: Path, tmp_path: Path, cls: type, **extra: Any) -> dict[str, Any]:
+    """results.json of a run of `ppo` or `online` on a hundred prompts, rewarded for answers that begin with a."""
+    (tmp_path / "prompts.txt").write_text("".join(f"q{i}:\n" for i in range(96)))
+    usual = {"model": str(speller / "run" / "model"), "data": [str(tmp_path / "prompts.txt")], "output": str(tmp_path / "run"), "lr": 3e-3,
+             "reward": f"python:{speller / 'rules.py'}:first", "batch_size": 8, "k": 4, "passes": 1, "sample_tokens": 12, "holdout": 0.25,
+             "schedule": "constant", "warmup": 0, "stop": "plateau", "plateau_window": 4, "eval_prompts": 24, "eval_samples": 4,
+             "kl_limit": 9.0, "kl_unit": "sequence", "threads": 1, "report": False}  # fmt: skip
+    {Ppo: ppo, OnlineDpo: online}[cls].run(cls(**usual | extra))
+    return json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("cls", [Ppo, OnlineDpo])
+def test_a_flat_run_of_the_policy_s_own_answers_stops(speller, tmp_path, cls):
+    """Nothing moves at this rate: stopped once the window is full, in the middle of an epoch."""
+    results = rolled(speller, tmp_path, cls, lr=1e-6, eval_every=1)
+    assert results["gate"]["why"] == "plateau" and results["steps"] == 4 and results["published"]["why"] == "reward"
+
+
+def test_ppo_learns_flattens_and_is_stopped(speller, tmp_path):
+    """The first letter is soon nearly always a: not stopped on the way up, stopped on the height, with the reward that was gained."""
+    results = rolled(speller, tmp_path, Ppo, eval_every=5, epochs=8)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [row["reward"] for row in rows if "reward" in row]
+    assert results["gate"]["why"] == "plateau" and 20 < results["steps"] < 72, (results["steps"], seen)
+    assert seen[0] < 0.5 and seen[-1] > 0.8 and results["gate"]["gained"]["low"] > 0.3, seen
+    assert results["paired_reward"]["low"] > 0.3 and results["after"]["kl_sequence_rb"] < 9
+    told = [row for row in rows if "plateau/reward_low" in row]
+    assert told[0]["plateau/reward_low"] > told[0]["plateau/reward_band"] / 4, "on the way up the window told of a rise"
+
+
+def test_ppo_that_still_learns_is_not_stopped(speller, tmp_path):
+    results = rolled(speller, tmp_path, Ppo, eval_every=3, epochs=2, lr=1e-3)
+    assert results["gate"]["why"] == "" and results["steps"] == 18 and results["gate"]["reward"]["low"] > 0
+
+
+def test_a_reward_model_is_stopped_by_its_held_out_loss(speller, tmp_path):
+    """It draws no samples, so the gate is not for it: --stop is unknown, and --patience ends a run that gains nothing."""
+    found = [spec.name for spec in config.specs(Reward)]
+    assert "stop" not in found and "patience" in found
+    wanted = {"model": str(speller / "run" / "model"), "data": [pairs(tmp_path / "pairs.jsonl", len, 80)], "batch_size": 8, "threads": 1,
+              "output": str(tmp_path / "run"), "finish": "always", "report": False, "eval_every": 1, "holdout": 0.25}  # fmt: skip
+    reward.run(Reward(**wanted, lr=1e-6, epochs=2, patience=2, min_improvement=0.01))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 2 and results["stopped_early"]["patience"] == 2 and results["gate"] is None
