@@ -5,6 +5,7 @@ Try it: `pytest tests/test_distil.py`.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -449,6 +450,17 @@ def test_a_learned_value_at_its_best_is_the_square_over_pairs():
         assert float((often * residual(theta, best, beta)).sum()) == pytest.approx(float(pairs), rel=1e-12)
         for off in (-0.1, 0.1):
             assert (often * residual(theta, best + off, beta)).sum() > pairs
+
+
+def test_with_one_answer_a_prompt_only_a_learned_value_learns(monkeypatch):
+    """Two worlds of bench/partition.py: what the table of docs/distillation.md says of one answer a prompt, and of four."""
+    monkeypatch.syspath_prepend(str(make.Path(__file__).resolve().parents[1] / "bench"))
+    bench = importlib.import_module("partition")
+    worlds = [bench.World(seed, 1.0) for seed in range(2)]
+    cost = {(way, k): np.mean([bench.fit(world, way, k) for world in worlds]) for way in bench.WAYS[:3] for k in (1, 4)}
+    nothing = np.mean([world.regret(torch.zeros(bench.FEATURES, dtype=f64)) for world in worlds])
+    assert cost["soft", 1] == pytest.approx(nothing) and cost["value", 1] == pytest.approx(nothing) and nothing > 0.3
+    assert cost["value-learned, linear", 1] < 0.01 and cost["soft", 4] < 1e-6 < cost["value-learned, linear", 4] < cost["value", 4]
 
 
 def test_both_learn_from_the_bare_residual():
