@@ -249,8 +249,6 @@ def logistic(columns: np.ndarray, label: np.ndarray, cluster: np.ndarray) -> tup
             break
     else:
         return None
-    if np.abs(columns @ value).max() > 30 and loss(value) < 1e-6 * len(label):  # separated: the likelihood has no maximum
-        return None
     sums = sums_of(columns * (label - expit(columns @ value))[:, None], cluster)
     middle = sums.T @ sums * len(sums) / max(1, len(sums) - 1)
     inverse = np.linalg.inv(curve)

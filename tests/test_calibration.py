@@ -36,7 +36,8 @@ def test_the_ceiling_of_repeated_judgements_by_hand():
     votes = pairs([0] * 3, first=[0, 1, 2], second=[1, 0, 3], weight=[3.0, 1.0, 2.0])
     assert ceiling(votes) == ceiling(twice)
     assert ceiling(votes, votes=False)["pairs"] == 1, "weights that are no votes: only the pair that was judged twice"
-    assert ceiling(pairs([0, 0])) is None and ceiling(pairs([0], weight=[1.5])) is None
+    assert ceiling(pairs([0, 0])) is None and ceiling(pairs([0], weight=[2.5])) is None
+    assert ceiling(pairs([0, 0], first=[0, 1], second=[1, 0]))["low"] == 0.5, "less than a coin's share of agreements is noise"
 
 
 def test_the_true_ceiling_lies_between_its_bounds():
@@ -60,6 +61,7 @@ def test_by_length_and_by_group():
     assert [(row["group"], row["pairs"], row["agreement"]) for row in named] == [("b", 3, 1), ("a", 1, 0)]
     many = groups(np.ones(45), np.arange(45), [str(i % 25) for i in range(45)])
     assert len(many) == 21 and many[-1]["group"] == "5 others" and sum(row["pairs"] for row in many) == 45
+    assert told(pairs([3.0, -3.0], [1, 0]))["calibration"]["ece"] == pytest.approx(1 - 1 / (1 + np.exp(-3))), "sure of the order it gives"
     assert told(agrees)["by_group"] == [] and len(told(agrees, list("ab" * 5))["by_group"]) == 2
 
 

@@ -18,6 +18,11 @@ def test_wilson_is_scipys_and_needs_no_whole_number():
         assert certainty.wilson(wins / count, count) == pytest.approx((found.low, found.high), abs=1e-12)
     low, high = certainty.wilson(0.5, 99.5)
     assert certainty.wilson(0.5, 99)[0] < low < certainty.wilson(0.5, 100)[0] and low + high == pytest.approx(1)
+    wins = np.array([1.0] * 14 + [0.0] * 6)
+    assert certainty.share_of(wins, np.arange(20)) == pytest.approx((0.7, *certainty.wilson(0.7, 19)))  # N - 1: variances over N - 1
+    assert certainty.share_of(np.ones(20), np.arange(20) // 4) == (1.0, *certainty.wilson(1.0, 5))
+    pairs = certainty.share_of(np.repeat(wins, 2), np.arange(40) // 2)  # 20 prompts said twice: as 19, wider by t / z
+    assert pairs == pytest.approx((0.7, *certainty.wilson(0.7, 19 * (certainty.Z95 / stats.t.ppf(0.975, 19)) ** 2)))
     half = [(lambda ends: (ends[1] - ends[0]) / 2)(certainty.wilson(0.5, n)) for n in (100, 200, 500, 805, 1000)]
     assert [round(100 * h, 1) for h in half] == [9.6, 6.9, 4.4, 3.4, 3.1]
 
@@ -33,6 +38,7 @@ def test_exact_tests_are_scipys():
     wanted = stats.t.interval(0.95, 39, loc=gap.mean(), scale=stats.sem(gap))
     assert (low, high) == pytest.approx(wanted) and value == pytest.approx(gap.mean())
     # two equal observations of one prompt are one observation
+    assert certainty.interval_of(np.repeat(gap, 2), np.repeat(alone, 2)) == pytest.approx((value, low, high))
     assert certainty.paired_t(np.repeat(gap, 2), np.repeat(alone, 2)) == pytest.approx(certainty.paired_t(gap, alone))
     assert certainty.paired_t(np.ones(4), np.arange(4)) is None and certainty.interval_of(gap, np.zeros(40))[1:] == (None, None)
 
@@ -179,7 +185,23 @@ def test_no_finite_slope_is_said():
     found = certainty.calibration(np.array([0.5, 2.0, 1.0]), np.ones(3), np.arange(3))
     assert found.slope is None and found.slope_low is None
     assert certainty.calibration(np.zeros(5), np.ones(5), np.arange(5)).slope is None
+    assert certainty.calibration(np.array([0.5, -2.0, 800.0]), np.ones(3), np.arange(3)).bins[-1].count == 1, "as sure as can be"
     assert certainty.calibration(np.array([0.5, -2.0]), np.ones(2), np.zeros(2)).low is None
+
+
+def test_the_sandwich_of_a_constant_is_the_clustered_error_of_a_share():
+    """theta = logit(p) has the error of p over p (1 - p); so has the rate at equal length where nothing hangs on the length."""
+    rng = np.random.default_rng(13)
+    wins, cluster = (rng.random(90) < 0.7).astype(float), np.arange(90) // 3
+    value, covariance = certainty.logistic(np.ones((90, 1)), wins, cluster)
+    share, error = certainty.mean_of(wins, cluster)
+    assert value[0] == pytest.approx(math.log(share / (1 - share)))
+    assert covariance[0, 0] ** 0.5 == pytest.approx(error / share / (1 - share))
+    both = np.tile(wins, 2), np.repeat([5.0, -5.0], 90), np.tile(cluster, 2)
+    found = certainty.at_equal_length(*both)
+    half = stats.t.ppf(0.975, 29) * error / share / (1 - share)
+    assert (found.rate, found.gamma) == pytest.approx((share, 0), abs=1e-9)
+    assert (found.low, found.high) == pytest.approx((expit(value[0] - half), expit(value[0] + half)))
 
 
 def test_the_slopes_interval_covers():

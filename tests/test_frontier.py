@@ -92,7 +92,7 @@ def test_intervals_over_seeds():
 def test_points_are_a_runs_evaluations_with_what_they_cost():
     evaluation = {"kl_sequence_rb": 0.5, "kl_sequence_rb_se": 0.1, "reward": 0.2, "reward_se": 0.05}
     rows = [{"step": 0} | evaluation | {"kl_sequence_rb": 0.0}, {"step": 1, "loss": 1.0, "num_tokens": 50, "seconds": 2.5},
-            {"step": 1} | evaluation]  # fmt: skip
+            {"step": 1} | evaluation, {"step": 2, "loss": 1.0, "num_tokens": 60, "seconds": 3.0}]  # fmt: skip
     start, end = points_of(rows, method="dpo", setting="beta 0.1", seed=3)
     assert (start.kl, start.tokens, start.last) == (0.0, 0, False)
     assert (end.kl, end.tokens, end.seconds, end.last) == (0.5, 50, 2.5, True)

@@ -139,6 +139,7 @@ def test_a_reward_that_never_differs_is_no_plateau_and_one_that_is_won_is():
         watch: dict[str, Any] = {}
         for t in range(8):
             watch = note(watch, GATE, step=t, reward=first if t == 0 else ones, kl=0.1 * ones, length=length)
+        assert watch["best"]["step"] == (0 if constant else 1), "of equals the first"
         assert judge(watch, GATE)["constant"] is constant and (judge(watch, GATE)["why"] == "") is constant
 
 
@@ -148,8 +149,11 @@ def test_warm_up_and_windows():
     at, verdict, watch = walk(gate, lambda t: 0.0, lambda t: 0.01)
     assert at == 9 and (verdict["first"], verdict["last"]) == (40, 90) and len(watch["looks"]) == 6
     assert json.loads(json.dumps(watch)) == watch
+    assert verdict["reward"]["band"] == pytest.approx(0.2 * math.sqrt(1.09), rel=0.1)  # prompts vary by 1, answers by 0.3
+    assert watch["best"]["kl"] == pytest.approx(0.01, rel=0.05)
     by_answer = replace(GATE, limit=0.2, unit="sequence")
-    assert walk(by_answer, lambda t: 0.0, lambda t: 0.01)[1]["why"] == "plateau"
+    _, verdict, watch = walk(by_answer, lambda t: 0.0, lambda t: 0.01)
+    assert verdict["why"] == "plateau" and watch["best"]["kl"] == pytest.approx(0.1, rel=0.05)
     assert walk(replace(by_answer, limit=0.05), lambda t: 0.0, lambda t: 0.01)[1]["why"] == "limit"
 
 
@@ -190,6 +194,99 @@ def test_what_falls_by_chance_is_seldom_called_a_fall():
     rng = np.random.default_rng(6)
     called = sum(monitors.alarms(rows_of({"reward": rng.normal(size=(12, 24))}))["reward_fell"]["alarm"] for _ in range(400))
     assert called <= 30
+
+
+def answers_of(**values: np.ndarray) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl of arrays (evaluations, prompts, answers each)."""
+    shape = values["tokens"].shape
+    all_ = {"entropy": 1.5 * values["tokens"], "repeated": np.zeros(shape)} | values
+    return [{"step": 10 * t, "prompt": str(i), "sample": j} | {k: float(v[t, i, j]) for k, v in all_.items()}
+            for t in range(shape[0]) for i in range(shape[1]) for j in range(shape[2])]  # fmt: skip
+
+
+def test_the_numbers_of_the_alarms_by_other_routes():
+    """Two answers each to 40 prompts: paired t of prompts, a jackknife of the ratio of entropies, least squares with clusters."""
+    rng, t = np.random.default_rng(7), np.arange(4)[:, None, None]
+    tokens = 10 + 2 * t + np.round(2 * rng.random((4, 40, 2)) + 3 * rng.random((40, 1)), 1)
+    entropy = tokens * (1.5 - 0.3 * t + 0.1 * rng.normal(size=(4, 40, 2)))
+    repeated, reward = 0.1 * t + 0.1 * rng.random((4, 40, 2)), 0.4 * tokens + rng.normal(size=(4, 40, 2)) + rng.normal(size=(40, 1))
+    found = alarms(answers_of(tokens=tokens, entropy=entropy, repeated=repeated, reward=reward))
+    rise = stats.ttest_rel(repeated[3].mean(1), repeated[0].mean(1)).confidence_interval(0.95)
+    wanted = [*rise, repeated[0].mean(), repeated[3].mean()]
+    assert [found["repetition"][k] for k in ("low", "high", "start", "end")] == pytest.approx(wanted)
+    kept = [np.delete(np.arange(40), i) for i in range(40)]
+    ratio = lambda rows: np.log(entropy[3, rows].sum() / tokens[3, rows].sum() * tokens[0, rows].sum() / entropy[0, rows].sum())  # noqa: E731
+    each, half = np.array([ratio(rows) for rows in kept]), stats.t.ppf(0.975, 39)
+    error = math.sqrt(39 / 40 * ((each - each.mean()) ** 2).sum())
+    assert found["entropy"]["ratio"] == pytest.approx(math.exp(ratio(np.arange(40))))
+    ends = [math.log(found["entropy"][k]) for k in ("low", "high")]
+    assert ends == pytest.approx([ratio(np.arange(40)) - half * error, ratio(np.arange(40)) + half * error], rel=0.02)
+    x, y = tokens[0].ravel(), reward[0].ravel()
+    slope, level = np.polyfit(x, y, 1)
+    score = ((x - x.mean()) * (y - level - slope * x)).reshape(40, 2).sum(1)
+    error, (grew, gained) = math.sqrt((score**2).sum()) / ((x - x.mean()) ** 2).sum(), ((v[3] - v[0]).mean() for v in (tokens, reward))
+    length = found["length"]
+    assert (length["price"], length["share"]) == pytest.approx((slope, slope * grew / gained))
+    assert length["share_low"] == pytest.approx((slope - stats.norm.ppf(0.975) * error) * grew / gained)
+
+
+def spoken(reward, tokens=10.0, n: int = 64, count: int = 4, **more) -> dict[str, dict[str, Any]]:
+    """Alarms of courses of (count, n), or (n,) where nothing changes; one answer each."""
+    grid = lambda v: np.broadcast_to(v, (count, n))[:, :, None]  # noqa: E731
+    return alarms(answers_of(**{"tokens": grid(tokens), "reward": grid(reward)} | {k: grid(v) for k, v in more.items()}))
+
+
+def test_alarms_ask_for_certainty_and_size():
+    """Just over and just under each threshold; what is there from the start is no news; estimates beyond it that are unsure are none."""
+    share = lambda part: (np.arange(64) < part * 64).astype(float)  # noqa: E731
+    assert not spoken(np.stack([share(p) for p in (0.2, 0.5, 0.7, 0.85)]))["saturation"]["alarm"]
+    assert spoken(np.stack([share(p) for p in (0.2, 0.5, 0.7, 0.95)]))["saturation"]["alarm"]
+    assert not spoken(np.stack([share(0.95)] * 4))["saturation"]["alarm"], "it was so before"
+    rng = np.random.default_rng(8)
+    noise = rng.normal(size=64)
+    for rise, wide, alarm in ((0.25, 0.01, True), (0.25, 2.0, False), (0.15, 0.01, False)):
+        repeated = np.stack([0 * noise] * 3 + [rise + wide * (noise - noise.mean())])
+        assert spoken(noise, repeated=repeated)["repetition"]["alarm"] is alarm, (rise, wide)
+    for left, wide, alarm in ((0.2, 0.01, True), (0.2, 3.0, False), (0.3, 0.01, False)):
+        entropy = np.stack([15 + 0 * noise] * 3 + [15 * left + wide * 3 * (noise - noise.mean())])
+        assert spoken(noise, entropy=entropy)["entropy"]["alarm"] is alarm, (left, wide)
+    sizes = np.stack([10 + noise] * 3 + [13 + noise])  # a third longer
+    bought = {"plain": (sizes, sizes), "a little longer": (np.stack([10 + noise] * 3 + [11.5 + noise]),) * 2,
+              "for other reasons": (sizes, 0.2 * sizes + np.array([0, 0, 0, 3.0])[:, None]),
+              "a slope by chance": (sizes, sizes + 40 * rng.normal(size=64))}  # fmt: skip
+    told = {name: spoken(reward, tokens)["length"] for name, (tokens, reward) in bought.items()}
+    assert {name: found["alarm"] for name, found in told.items()} == {"plain": True} | dict.fromkeys([*bought][1:], False)
+    assert told["a little longer"]["share"] == pytest.approx(1) and told["for other reasons"]["share"] == pytest.approx(0.6 / 3.6)
+    assert told["a slope by chance"]["share"] > 0.5 > 0.25 > told["a slope by chance"]["share_low"]
+    unsure = spoken(np.stack([noise] * 3 + [noise + 0.1 + 3 * rng.normal(size=64)]), sizes)["length"]
+    assert unsure["reward"]["change"] > 0 > unsure["reward"]["low"] and "share" not in unsure, "no gain beyond doubt"
+    falls = spoken(np.array([1.0, 3, 2, 0])[:, None] + 0.01 * noise)["reward_fell"]
+    assert falls["alarm"] and falls["since"] == 10 and falls["change"] == pytest.approx(-3)
+    for rise, alarm in ((1.0, True), (0.1, False)):  # the truth falls for sure; the reward rises for sure, or perhaps
+        reward = np.stack([noise] * 3 + [noise + rise + rng.normal(size=64)])
+        found = spoken(reward, truth=np.stack([0.01 * noise] * 3 + [-1 + 0.02 * noise]))["over_optimisation"]
+        assert found["alarm"] is alarm, rise
+
+
+def test_a_verdict_by_hand():
+    """Ten prompts without noise. The band is of the mean variance of all looks and the start; the gain is since the start."""
+    flat = [0.0] * 10
+
+    def looks(rewards, kls, variances) -> list[dict[str, Any]]:
+        return [{"step": 10 * i, "variance": v, "reward": [r] * 10, "kl": [k] * 10, "length": [1.0] * 10}
+                for i, (r, k, v) in enumerate(zip(rewards, kls, variances, strict=True))]  # fmt: skip
+
+    start = {"step": 0, "variance": 4.0, "reward": [-2.0] * 10, "kl": flat, "length": [1.0] * 10}
+    found = judge({"start": start, "looks": looks([1, 1, 1.1], [0.01] * 3, [0.0, 1.0, 3.0])}, Gate(3, 0.05))
+    assert found["reward"]["band"] == pytest.approx(0.2 * math.sqrt(2)) and found["why"] == "plateau"
+    assert found["gained"] == pytest.approx(dict.fromkeys(("change", "low", "high"), 3.1)) and found["prompts_needed"] is None
+    falling = judge({"start": start, "looks": looks([1, 1, 1], [0.1001, 0.1, 0.0999], [1.0] * 3)}, Gate(3, 0.05))
+    assert falling["why"] == "" and falling["kl"]["high"] < 0 and falling["kl_now"] > 0.05, "above its limit and certainly coming down"
+    unsure = looks([1, 1, 1], [0.01] * 3, [1.0] * 3)
+    unsure[2]["reward"] = (1 + np.linspace(-1, 1, 10)).tolist()
+    found = judge({"start": start, "looks": unsure}, Gate(3, 0.05, band=0.1))
+    wide, room = found["reward"]["high"] - found["reward"]["change"], 0.1 - abs(found["reward"]["change"])
+    assert found["why"] == "" and found["prompts_needed"] == math.ceil(10 * (wide / room) ** 2) > 100
 
 
 def test_no_course_no_alarms():

@@ -82,6 +82,8 @@ def test_rounds_hand_out_every_prompt_once_a_pass():
         for turn in range(2):
             mine = [rounds.members(number, i) for i in inner[turn * len(inner) // 2 : (turn + 1) * len(inner) // 2]]
             assert sorted(np.concatenate(mine)) == list(range(size)) and max(map(len, mine)) == 3
+    orders = [[tuple(np.concatenate([rounds.members(n, 3 * turn + i) for i in range(3)])) for turn in (0, 1)] for n in (0, 1)]
+    assert len({order for both in orders for order in both}) == 4, "each pass over each round has an order of its own"
     steps = range(0, rounds.per_epoch)
     first_pass = [rounds.records_of(s) for s in steps if rounds.place(s)[1] < -(-len(rounds.prompts_of(rounds.place(s)[0])) // 3)]
     assert sorted(np.concatenate(first_pass)) == list(range(22)), "an epoch is every prompt once"
