@@ -131,10 +131,10 @@ def place(tmp_path_factory):
     return folder
 
 
-def words(place, output, *more):
+def words(place, output, *more, seeds=2):
     return ["frontier", "--model", str(place / "model"), "--data", str(place / "scored.jsonl"), "--output", str(place / output),
             "--truth", f"python:{place / 'rule.py'}:rule", "--eval-prompts", "3", "--eval-samples", "2", "--sample-tokens", "4",
-            "--holdout", "0.2", "--seeds", "2", "--offline", "--set", "batch_size=8", "eval_every=1", *more]  # fmt: skip
+            "--holdout", "0.2", "--seeds", str(seeds), "--offline", "--set", "batch_size=8", "eval_every=1", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +202,14 @@ def test_best_of_n_stopped_between_two_n_goes_on_with_every_n(place, monkeypatch
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(place, done):
     (place / "bad.py").write_text("def rule(prompt, response):\n    raise ValueError('no')\n")
-    given = words(place, "part", "--methods", "preferred-ft", "online:0.1", "--reward", f"python:{place / 'bad.py'}:rule")
+    given = words(place, "part", "--methods", "preferred-ft", "online:0.1", "--reward", f"python:{place / 'bad.py'}:rule", seeds=1)
     assert cli.main([*given, "--jobs", "2"]) == 3
     facts = json.loads((place / "part" / "frontier.json").read_text())
-    assert [f["run"] for f in facts["failed"]] == ["online-0.1-0", "online-0.1-1"] and list(facts["methods"]) == ["preferred-ft"]
+    assert [f["run"] for f in facts["failed"]] == ["online-0.1-0"] and list(facts["methods"]) == ["preferred-ft"]
     assert "online-0.1-0" in (place / "part" / "frontier.html").read_text()
     assert "the function raised ValueError: no" in facts["failed"][0]["why"]
     before = json.loads((place / "whole" / "frontier.json").read_text())  # a run in a process of its own is the same run
-    same = [[p for p in found["points"] if p["method"] == "preferred-ft"] for found in (before, facts)]
+    same = [[p for p in found["points"] if p["method"] == "preferred-ft" and p["seed"] == 0] for found in (before, facts)]
     assert [[p["kl"], p["reward"]] for p in same[0]] == [[p["kl"], p["reward"]] for p in same[1]]
 
 
