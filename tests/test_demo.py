@@ -90,7 +90,9 @@ def test_the_report_says_how_much_of_the_optimum_was_reached():
     assert "62.5% of held-out" in both["paragraphs"][2] and "correlate 0.88" in both["paragraphs"][2]
     assert "by +0.60, and has 33%" in both["paragraphs"][2] and both["tables"][0]["rows"][3][4] == "0.800"
     rows.pop()
-    broken = " ".join(demo._extra(rows, recipe, Demo(break_=True), results)["paragraphs"])
+    paragraphs = demo._extra(rows, recipe, Demo(break_=True), results)["paragraphs"]
+    assert all(len(text) < 490 for text in [*both["paragraphs"], *paragraphs]), "the report cuts at 500 characters"
+    broken = " ".join(paragraphs)
     assert "beta 0.5" in broken and "learning rate of 0.002" in broken and "lost 3.2 nats" in broken
     assert "1.0% before, 25.0% after" in broken and "16.0 tokens a sampled reply before, 21.5 after" in broken
 
