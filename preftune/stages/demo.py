@@ -377,7 +377,8 @@ AGAINST = (
     "with {agreement:.1%} of held-out verdicts; its scores correlate {correlation:.2f} with the hidden reward. PPO moved the reward by "
     "{gained:+.2f}, and has {objective:.0%} of what can be had. DPO and the reward model passed over the verdicts {passes} times each; "
     "what PPO drew and had scored comes on top (docs/dpo-or-ppo.md).",
-    "Best of 4 trains no policy: four replies of the start, the best by the reward model; its distribution is summed as exactly as the others.",
+    "Best of 4 trains no policy: four replies of the start, the best by the reward model; its distribution is summed as exactly as the "
+    "others.",
     "The figure: dashed, pi* at every beta; nothing can be above it. Large marks are exact, small ones are samples taken while training.",
 )
 BROKEN = (
@@ -390,7 +391,8 @@ BROKEN = (
     "Length: {shorter} tokens a sampled reply before, {longer} after. The log-probability of an answer is a sum over its tokens, so a "
     "longer rejected answer has more places where it can be lowered, and a broken reply need not end where a whole one does. The true "
     "reward alone hides this where the replies that can still be read got better.",
-    "Levers: a larger beta, a smaller learning rate, a term for the chosen answer (--loss sigmoid+0.2*nll), and a start that seldom breaks.",
+    "Levers: a larger beta, a smaller learning rate, a term for the chosen answer (--loss sigmoid+0.2*nll), and a start that seldom "
+    "breaks.",
 )
 SUMMED = "Here large marks are exact as well: every reply was enumerated. Small marks are samples. 'best of n' goes by the reward model."
 HEADS = ("model", "true reward", "KL to the start, nats", "unparsable", "short of pi*")
