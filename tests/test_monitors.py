@@ -262,6 +262,9 @@ def test_alarms_ask_for_certainty_and_size():
     assert unsure["reward"]["change"] > 0 > unsure["reward"]["low"] and "share" not in unsure, "no gain beyond doubt"
     falls = spoken(np.array([1.0, 3, 2, 0])[:, None] + 0.01 * noise)["reward_fell"]
     assert falls["alarm"] and falls["since"] == 10 and falls["change"] == pytest.approx(-3)
+    spread = (noise - noise.mean()) / noise.std(ddof=1)
+    for t, alarm in ((2.6, True), (2.2, False)):  # three earlier evaluations: 2.2 would do for one of them (2.00), not for three (2.46)
+        assert spoken(np.stack([0 * noise] * 3 + [spread - t / 8]))["reward_fell"]["alarm"] is alarm, t
     for rise, alarm in ((1.0, True), (0.1, False)):  # the truth falls for sure; the reward rises for sure, or perhaps
         reward = np.stack([noise] * 3 + [noise + rise + rng.normal(size=64)])
         found = spoken(reward, truth=np.stack([0.01 * noise] * 3 + [-1 + 0.02 * noise]))["over_optimisation"]

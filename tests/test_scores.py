@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from preftune import models, rewards
 from preftune.batches import make_batch
-from preftune.errors import DataError, ModelError, UsageError
+from preftune.errors import DataError, ModelError, NumericsError, UsageError
 from preftune.evaluate import response_rows
 from preftune.readout import hidden_states, packs, scalars, token_scalars
 from preftune.records import Response
@@ -134,6 +134,8 @@ def test_an_ensemble_centres_by_prompt_or_refuses():
         moved(["p", "q"], said[:2])
     with pytest.raises(UsageError, match="one response"):
         replace(moved, how="mean").spread(["p"], said[:1])
+    with pytest.raises(NumericsError, match="stub: a score is not finite"):
+        plain._levelled(np.array([[1.0, np.nan]]), np.zeros(2, int), False)
     assert replace(moved, how="mean")(["p"], said[:1]) == pytest.approx([2 / 3])
     assert stub(THREE, how="min")(["p", "q"], said[1:3]) == pytest.approx([0.9, 0.4])
     assert len(plain([], [])) == 0
@@ -209,6 +211,9 @@ def test_rollouts_are_read_as_ids_or_as_texts(folders):
     score = scorer(f"model:{folders / 'plain'}")
     expected = score(["0: the cat"] * 2 + ["1: a dog"], said)
     assert score.rollouts(store, codec, prompts) == pytest.approx(expected, abs=1e-6)
+    apart = from_ids(ids[:1], [[[codec.tokenizer(c, add_special_tokens=False).input_ids[0] for c in "the"]]])
+    read, retold = score.rollouts(apart, codec, prompts[:1])[0], score(prompts[:1], [Response("the", False)])[0]
+    assert abs(read - retold) > 1e-3, "what was sampled is scored, not what its text would be encoded as"
     other = make_codec(make.tokenizer(), template="plain", bos="never")
     bare = from_ids([p[1:] for p in ids], answers)
     assert score.rollouts(bare, other, prompts) == pytest.approx(expected, abs=1e-6)
@@ -229,6 +234,13 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(folders, tmp_path):
         store, _ = build(records, codec, max_length=128)
         sums.append(np.array([row["logp"] for row in response_rows(model, store, micro_tokens=64)]))
     assert found == pytest.approx(0.3 * (sums[0] - sums[1]), abs=1e-5)
+    with pytest.raises(DataError, match="too long"):
+        scorer(f"implicit:{run}@{folders / 'reference'}")(["p"], [Response(" a" * 200)])
+    prints = set()
+    for beta, dtype in ((0.3, "fp32"), (0.5, "fp32"), (0.3, "bf16")):
+        (run / "config.yaml").write_text(f"loss: sigmoid\nbeta: {beta}\n")
+        prints.add(scorer(f"implicit:{run}@{folders / 'reference'}", dtype=dtype).fingerprint)
+    assert len(prints) == 3
     with pytest.raises(UsageError, match="not a run folder, so its beta is not known"):
         scorer(f"implicit:{folders / 'policy'}@{folders / 'reference'}")
 
@@ -252,5 +264,20 @@ def test_what_is_no_reward_model(folders, tmp_path):
 def test_what_a_score_stands_on_is_in_its_fingerprint(folders, tmp_path):
     one = write_reward(tmp_path / "one", 1, shift=0.0)
     before = scorer(f"model:{one}").fingerprint
+    assert scorer(f"model:{one}", dtype="bf16").fingerprint != before
     (one / models.REWARD).write_text(json.dumps({"shift": 1.0}))
     assert scorer(f"model:{one}").fingerprint != before
+    prints = set()
+    for body in ("1.0", "2.0"):
+        (tmp_path / "rule.py").write_text(f"def f(prompt, response): return {body}\n")
+        prints.add(scorer(f"python:{tmp_path / 'rule.py'}:f").fingerprint)
+    assert len(prints) == 2
+
+
+def test_members_without_a_level_are_not_compared_at_one_answer(tmp_path):
+    """Their folders say no mean of reference samples."""
+    for name, seed in (("a", 1), ("b", 2)):
+        write_reward(tmp_path / name, seed)
+    (tmp_path / rewards.ENSEMBLE).write_text(json.dumps({"members": ["a", "b"]}))
+    with pytest.raises(UsageError, match="one response and a member has no mean of reference samples"):
+        scorer(f"model:{tmp_path}@min")(["p"], [Response(" a")])
