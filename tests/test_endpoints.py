@@ -321,7 +321,8 @@ def test_a_caller_who_stops_reading_stops_the_requests(options, server):
 # --- judges ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["VERDICT: A", "Both are fine.\n\nVERDICT: A", "VERDICT: A\nso\nVERDICT: A\n \n"])
+@pytest.mark.parametrize("text", ["VERDICT: A", "Both are fine.\n\nVERDICT: A", "VERDICT: A\nso\nVERDICT: A\n \n",
+                                  "Some would say VERDICT: B here.\nVERDICT: A"])
 def test_a_verdict_is_the_last_line(text):
     assert judges.read_verdict(text) == "A"
 
