@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_exact_path import draw_without_cache, t3_store
 
-from preftune import evaluate, models
-from preftune.config import Evaluate
+from preftune import certainty, evaluate, models
+from preftune.config import Evaluate, Reward, resolved_yaml
 from preftune.errors import DataError, UsageError
 from preftune.exact import BOS, LIMIT, T3, TableModel
 from preftune.objectives import preference
@@ -204,6 +204,30 @@ def test_a_reward_model_on_rewardbench(place, tmp_path):
     for change in ({"reference": str(place / "base")}, {"implicit": True}, {"loss": "simpo"}, {"beta": 0.3}, {"template": "plain"}):
         with pytest.raises(UsageError, match=f"--{next(iter(change))} has no effect: .* is a reward model"):
             stage.evaluated(options(place, **{"model": str(tmp_path / "judge"), "reference": None} | change))
+
+
+def test_a_reward_model_of_labels_is_evaluated_on_labels(place, tmp_path, capsys):
+    """The loss of its run; the share on the right side of 0 and its calibration, clustered by prompt; one of classes says where to look."""
+    net = models.with_scalar_head(models.prepare(make.model()), seed=1)
+    models.save(net, make.tokenizer(), tmp_path / "run" / "model")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(resolved_yaml(Reward(target="labels")))
+    rows = [{"prompt": f"{i} the", "completions": [" so", " thanks", " no"], "labels": [True, i % 2 == 0, None]} for i in range(12)]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = options(place, model=str(tmp_path / "run"), reference=None, data=[str(tmp_path / "steps.jsonl")])
+    (file,) = stage.evaluated(words)["files"]
+    said = scorer(f"model:{tmp_path / 'run'}")([r["prompt"] for r in rows for _ in range(2)],
+                                               [Response(t, False) for r in rows for t in (" so\n", " so\n thanks\n")])  # fmt: skip
+    good = np.array([label for r in rows for label in r["labels"][:2]])
+    assert file["labels"]["labels"] == 24 and file["labels"]["accuracy"] == pytest.approx(((said > 0) == good).mean())
+    assert file["metrics"]["loss"] == pytest.approx(np.log1p(np.exp(np.where(good, -said, said))).mean(), abs=1e-5)
+    sure = certainty.calibration(said, good.astype(float), np.repeat(np.arange(12), 2))
+    assert (file["calibration"]["ece"], file["calibration"]["slope"]) == pytest.approx((sure.ece, sure.slope), abs=1e-4)
+    stage.run(words)
+    assert "label accuracy" in capsys.readouterr().out
+    config.write_text(resolved_yaml(Reward(target="classes", classes=["bad", "good"])))
+    with pytest.raises(UsageError, match="a model of classes; how often the likeliest is right stands in its run's results.json"):
+        stage.evaluated(words)
 
 
 def test_the_accuracy_is_that_of_training(place):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import certainty, evaluate, models, reference, report, runs
-from ..config import Evaluate, data_source, learns_value, loss_terms
+from ..config import Evaluate, Reward, data_source, learns_value, loss_terms, scored_terms
 from ..errors import DataError, UsageError
 from ..evaluate import Spoken, distinct, divergences, judged, kl_summary, read_out, repeated, speak
 from ..files import atomic_write, write_json
@@ -68,14 +68,21 @@ def of_run(options: Evaluate) -> Evaluate:
     return replace(options, **found)
 
 
-def of_judge(options: Evaluate) -> Evaluate:
-    """The options for a reward model, which scores answers and gives none. Raises UsageError for what it has no use for."""
-    usual = Evaluate()
+def of_judge(options: Evaluate) -> tuple[Evaluate, list[tuple[float, str, dict[str, float]]]]:
+    """The options for a reward model, which scores answers and gives none, and the losses of its run, else Bradley-Terry's.
+
+    Raises UsageError for what it has no use for.
+    """
+    usual, folder = Evaluate(), Path(str(options.model))
+    own = report.read_run(folder).options if (folder / "config.yaml").is_file() else {}
+    began = Reward(**{name: own[name] for name in ("target", "loss", "loss_arguments", "classes") if name in own})
+    if began.target == "classes":
+        raise UsageError(f"--model {options.model}: a model of classes; how often the likeliest is right stands in its run's results.json")
     for name in ("reference", "implicit", "tokens", "loss", "beta", "loss_arguments", "template", "bos", "finish", "control_tokens"):
         if getattr(options, name) != getattr(usual, name):
             flag = "--loss.NAME" if name == "loss_arguments" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} has no effect: {options.model} is a reward model, read as its reward.json says")
-    return replace(options, sample_prompts=0)
+    return replace(options, sample_prompts=0), scored_terms(began)
 
 
 def evaluated(options: Evaluate) -> dict[str, Any]:
@@ -84,8 +91,8 @@ def evaluated(options: Evaluate) -> dict[str, Any]:
         if name and Path(name).exists():
             raise UsageError(f"{flag} {name}: exists already; name a new file")
     judge = models.is_reward(str(options.model), offline=options.offline)
-    options = of_judge(options) if judge else of_run(options)
-    terms = [(1.0, "bradley-terry", {"margin": 0.0})] if judge else loss_terms(options)
+    options, terms = of_judge(options) if judge else (of_run(options), [])
+    terms = terms or loss_terms(options)
     if learns_value(options):
         raise UsageError(f"--loss {options.loss}: its value model stays in the checkpoints of its run; name another, such as sigmoid")
     objective = preference(terms, label_smoothing=options.label_smoothing or 0.0, read="scalar" if judge else "logps")
@@ -159,6 +166,12 @@ def _file(name: str, records: Sequence[Record], subject: Subject, objective: Obj
         if options.implicit or rules:
             ratio = whole.ratio.cpu().numpy() if options.implicit else None
             facts |= _judges(ratio, rules, kept, store, learn, pair, cluster)
+    if "labels/accuracies" in found:
+        cluster = prompt[table.record.cpu().numpy()[table.verdict.cpu().numpy()]]
+        share, low, high = certainty.share_of(found["labels/accuracies"], cluster)
+        facts["labels"] = {"labels": len(cluster), "accuracy": share, "low": low, "high": high}
+        said, good = whole.policy[table.verdict].cpu().numpy(), table.verdict_good.cpu().numpy().astype(float)
+        facts["calibration"] = asdict(certainty.calibration(said, good, cluster, seed=options.seed))
     facts["metrics"] = {"loss": loss} | facts["metrics"] | {key: float(v.mean()) for key, v in found.items() if key not in facts["metrics"]}
     if options.tokens:
         facts["tokens"] = _credit(subject, store, learn[: options.tokens], columns["reference"], beta or 1.0, options)
@@ -312,6 +325,9 @@ def lines(file: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.insert(0, ("pairs", f"{metrics['pairs']:,} of {file['prompts']:,} prompts"))
         out.append(("accuracy", with_interval(metrics["rewards/accuracies"], metrics["accuracy_low"], metrics["accuracy_high"])))
         out.append(("margin", with_error(metrics["rewards/margins"], metrics["rewards/margins_se"], ".3f")))
+    if told := file.get("labels"):
+        out.append(("labels", f"{told['labels']:,} of {file['prompts']:,} prompts"))
+        out.append(("label accuracy", with_interval(told["accuracy"], told["low"], told["high"])))
     if "displacement" in metrics:
         out.append(("displacement, nats", with_error(metrics["displacement"], metrics.get("displacement_se"), ".3f")))
     if sure:
