@@ -84,7 +84,7 @@ class World:
             with patch.context() as few:
                 few.setattr(grammar, "split", lambda *which: (split(*which)[0][:16], split(*which)[1][:4]))
                 few.setattr(demo, "BREAK", replace(demo.BREAK, sft_steps=60, samples=8, batch=16))
-                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=60, samples=8, batch=16, reward_passes=1, reward_batch=16,
+                few.setattr(demo, "RECIPE", replace(demo.RECIPE, sft_steps=60, samples=8, batch=16, passes=1, reward_batch=16,
                                                     ppo_passes=1))  # fmt: skip
                 code, out = run(["demo", "--output", str(folder), *words])
             assert code == 0, out
