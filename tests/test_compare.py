@@ -283,6 +283,24 @@ def test_what_a_ranking_leaves_open_is_not_counted(tmp_path):
     assert [(d.prompt, d.wins) for d in compare.from_votes([str(tmp_path / "v.jsonl")], ["A", "B"])] == [("q", 0)]
 
 
+def test_a_reward_decides_by_hand(tmp_path):
+    """Lengths 9 to 1, 9 to 2, 1 to 8, and one text twice: A has two, B one. A gap as wide as the margin is a tie; one text never wins."""
+    for name, sizes in (("a", (9, 9, 1, 4)), ("b", (1, 2, 8, 4))):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": f"q{i}", "output": "x" * n, "generator": name}
+                                                           for i, n in enumerate(sizes)]))  # fmt: skip
+    (tmp_path / "rule.py").write_text("calls = []\ndef size(prompt, response):\n    calls.append(0)\n"
+                                      "    return len(response) + len(calls) / 1000\n")  # fmt: skip
+    given = {"answers": [str(tmp_path / "a.json"), str(tmp_path / "b.json")], "reward": f"python:{tmp_path / 'rule.py'}:size"}
+    found = compare.compared(Compare(**given))
+    assert (found["wins"], found["losses"], found["ties"], found["win_rate"]) == (2, 1, 1, 0.625)
+    assert (found["reward"]["a"], found["reward"]["b"]) == pytest.approx((23 / 4, 15 / 4), abs=0.01)
+    assert found["reward"]["difference"] == pytest.approx(2, abs=0.01) and found["length_difference"] == 2
+    found = compare.compared(Compare(**given, margin=7.5))
+    assert (found["wins"], found["losses"], found["ties"]) == (1, 0, 3)
+    (tmp_path / "rule.py").write_text("def size(prompt, response):\n    return float(len(response))\n")
+    assert compare.compared(Compare(**given, margin=7.0))["ties"] == 3, "no wider than the margin"
+
+
 def test_a_judge_is_asked_in_both_orders_and_never_twice(place, tmp_path, monkeypatch, capsys):
     """A judge that likes the longer answer, and one that likes the first: who wins follows the one; the other ties everything."""
     table = [[{"instruction": f"q{i}", "output": "x" * n, "generator": g} for i, n in enumerate(sizes)]

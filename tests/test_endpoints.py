@@ -327,6 +327,15 @@ def test_a_verdict_is_the_last_line(text):
     assert judges.read_verdict(text) == "A"
 
 
+def test_a_grade_has_its_range_and_a_question_of_ones_own_is_asked():
+    assert (judges.read_score("SCORE: 1"), judges.read_score("SCORE: 10")) == (1, 10)
+    for text in ("SCORE: 0.5", "SCORE: 11"):
+        with pytest.raises(endpoints.Garbage, match="out of range"):
+            judges.read_score(text)
+    for asked in (judges.comparison("r", "a", "b", question="Which is kinder?"), judges.grading("r", "a", question="Which is kinder?")):
+        assert "Which is kinder?" in asked and "helpful" not in asked
+
+
 @pytest.mark.parametrize("text", ["", "A", "VERDICT: C", "VERDICT: A or B", "VERDICT: A.", "VERDICT: B\nVERDICT: A", "VERDICT: A\nor not",
                                   "the verdict is VERDICT: A"])  # fmt: skip
 def test_anything_else_is_no_verdict(text):

@@ -83,6 +83,20 @@ def test_the_summary_of_drawn_samples_covers_the_truth():
     assert out["kl_sequence_rb_se"] < out["kl_sequence_k3_tokens_se"] < out["kl_sequence_k3_se"] < out["kl_sequence_k1_se"]
 
 
+def test_the_summary_of_a_run_is_that_of_the_verb():
+    """Means and ratios of means with errors over prompts, by the functions that `evaluate` has for them."""
+    rng = np.random.default_rng(0)
+    length, kl, entropy = rng.integers(1, 9, (30, 3)).astype(float), rng.random((30, 3)), rng.random((30, 3))
+    drawn = evaluate.Drawn([], [], length > 2, length, kl, kl, -kl, None, entropy, 0 * kl)
+    found, cluster = evaluate.summary(drawn), np.repeat(np.arange(30), 3)
+    for name, values in (("kl_sequence_rb", kl), ("kl_sequence_k1", -kl), ("sample_length", length), ("reward", kl)):
+        assert (found[name], found[f"{name}_se"]) == pytest.approx(certainty.mean_of(values.ravel(), cluster))
+    for name, sums in (("kl_token_rb", kl), ("entropy_token", entropy)):
+        assert (found[name], found[f"{name}_se"]) == pytest.approx(certainty.ratio_of(sums.ravel(), length.ravel(), cluster))
+    gap = evaluate.paired_difference(kl, kl + 1 + entropy)
+    assert gap["difference"] == pytest.approx(1 + entropy.mean()) and gap["low"] > 1.3
+
+
 def test_one_answer_a_prompt_is_the_unit():
     found = {name: np.array([1.0, 3.0, 2.0, 2.0]) for name in evaluate.KL}
     out = evaluate.kl_summary(found, np.full(4, 2.0), np.array([0, 0, 1, 1]))

@@ -91,7 +91,8 @@ def test_intervals_over_seeds():
 
 def test_points_are_a_runs_evaluations_with_what_they_cost():
     evaluation = {"kl_sequence_rb": 0.5, "kl_sequence_rb_se": 0.1, "reward": 0.2, "reward_se": 0.05}
-    rows = [{"step": 0} | evaluation | {"kl_sequence_rb": 0.0}, {"step": 1, "loss": 1.0, "num_tokens": 50, "seconds": 2.5},
+    rows = [{"step": 0} | evaluation | {"kl_sequence_rb": 0.0}, {"step": 0, "loss": 1.0, "num_tokens": 20, "seconds": 1.0},
+            {"step": 1, "loss": 1.0, "num_tokens": 50, "seconds": 2.5},
             {"step": 1} | evaluation, {"step": 2, "loss": 1.0, "num_tokens": 60, "seconds": 3.0}]  # fmt: skip
     start, end = points_of(rows, method="dpo", setting="beta 0.1", seed=3)
     assert (start.kl, start.tokens, start.last) == (0.0, 0, False)
@@ -114,6 +115,10 @@ def test_methods_are_compared_seed_by_seed_from_the_same_start():
     assert [h["mean"] for h in difference["heights"]] == pytest.approx([0.25, 0.5])
     first, second = found["ends"]
     assert (first["method"], first["kl"]["mean"], second["reward"]["mean"], second["accuracy"]["mean"]) == ("a", 2.0, 1.05, 0.75)
+    starts = [point(name, 0, 0.0, 0.5, step=0, last=False) for name in "an"]
+    short = table([*starts, point("a", 0, 2.0, 0.1)], limit=1.0)
+    assert short["limit"] == 1.0 and short["methods"]["a"]["points"] == 1 and short["methods"]["a"]["best"]["reward"] == 0.1
+    assert short["methods"]["a"]["area"]["mean"] == 0.5 and [end["method"] for end in short["ends"]] == ["a"]
     assert found["methods"]["b"]["best"]["reward"] == 1.1 and found["methods"]["a"]["tokens"] == 100
 
 
