@@ -12,6 +12,7 @@ Peak memory is the process's high-water mark less what it was after the imports.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -81,19 +82,24 @@ def memory(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def serve(steps: Iterator[None], ready: dict[str, float], baseline: float) -> None:
+def serve(steps: Iterator[None], ready: dict[str, float], baseline: float, device: str = "cpu") -> None:
     """Answer 'N' on stdin with the seconds of N steps."""
+    import torch
+
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         seconds, cpu = [], time.process_time()
         for _ in range(int(line)):
             began = time.perf_counter()
             next(steps)
+            if device != "cpu":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "peak": memory("VmHWM") - baseline}), flush=True)
+        peak = memory("VmHWM") - baseline if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu, "peak": peak}), flush=True)
 
 
-def ours(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: int) -> None:
+def ours(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: int, device: str) -> None:
     import torch
 
     from preftune import engine, models, objectives, reference, store
@@ -103,7 +109,12 @@ def ours(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: i
 
     torch.set_num_threads(threads)
     baseline = memory("VmRSS")
-    model, tokenizer = models.load(str(folder), dtype=dtype, offline=True)
+    dtype, _, way = dtype.partition("-")
+    model, tokenizer = models.load(str(folder), dtype=dtype, device=device, offline=True)
+    if way == "flex":
+        models.use_flex(model)
+    for layer in model.get_decoder().layers if way == "compiled" else ():
+        layer.compile(dynamic=True)
     began = time.perf_counter()
     codec = make_codec(tokenizer, template="auto", bos="auto", finish="always")
     k = shape["k"]
@@ -113,19 +124,20 @@ def ours(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: i
     kept, intake = store.build(data, codec, max_length=None)
     assert len(kept) == count, intake.refused[0]
     encoded = time.perf_counter() - began
-    column = {"reference": reference.compute(model, kept, micro_tokens=8192)}
+    column = {"reference": reference.compute(model, kept, micro_tokens=8192, device=device)}
     objective = objectives.preference([(1.0, "sigmoid", {"beta": 0.1})])
     state = engine.make_state(model, rate=lambda step: 1e-5, clip=1.0)
     order = Order(len(kept), shape["records"], 1000, SEED)
     import numpy as np
 
     batches = engine.steps(kept, np.arange(len(kept)), order, start=0, total=10**9, micro_tokens=8192, columns=column, share=True,
-                           device="cpu")  # fmt: skip
-    ready = {"encode": encoded, "prepare": time.perf_counter() - began, "tokens": float(len(kept.tokens))}
-    serve((None for _ in engine.train(state, batches, objective)), ready, baseline)
+                           device=device)  # fmt: skip
+    ready = {"encode": encoded, "prepare": time.perf_counter() - began, "tokens": float(len(kept.tokens)),
+             "weights": float(models.parameters_of(model))}  # fmt: skip
+    serve((None for _ in engine.train(state, batches, objective, ahead=True)), ready, baseline, device)
 
 
-def trl(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: int) -> None:
+def trl(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: int, device: str) -> None:
     import logging
     import threading
     import warnings
@@ -150,7 +162,7 @@ def trl(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: in
     pairs = k * (k - 1) // 2
     config = DPOConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=shape["records"] * pairs, learning_rate=1e-5, bf16=bf16,
                        precompute_ref_log_probs=True, gradient_checkpointing=False, max_steps=10**6, save_strategy="no", report_to="none",
-                       max_length=None, use_cpu=True, disable_tqdm=True, logging_strategy="no", precompute_ref_batch_size=8,
+                       max_length=None, use_cpu=device == "cpu", disable_tqdm=True, logging_strategy="no", precompute_ref_batch_size=8,
                        dataloader_drop_last=True, optim="adamw_torch_fused")  # fmt: skip
     turn, done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -175,7 +187,7 @@ def trl(shape: dict[str, Any], dtype: str, folder: Path, count: int, threads: in
             done.acquire()
             yield
 
-    serve(steps(), {"encode": encoded, "prepare": prepared}, baseline)
+    serve(steps(), {"encode": encoded, "prepare": prepared}, baseline, device)
 
 
 SYSTEMS = {"ours": ours, "trl": trl}
@@ -184,7 +196,7 @@ SYSTEMS = {"ours": ours, "trl": trl}
 # ---------------------------------------------------------------- the parent
 
 
-def measure(workload: str, rounds: int, each: int, count: int, threads: int, systems: list[str]) -> dict[str, Any]:
+def measure(workload: str, rounds: int, each: int, count: int, threads: int, systems: list[str], device: str = "cpu") -> dict[str, Any]:
     """Every system's median seconds a step with quartiles, peak MB, preparation; and the ratios to the best TRL."""
     name, dtype = workload.rsplit("-", 1)
     shape = SHAPES[name]
@@ -192,11 +204,12 @@ def measure(workload: str, rounds: int, each: int, count: int, threads: int, sys
         folder = Path(place) / "model"
         write_model(shape, folder)
         kinds = {"ours": ("ours", dtype), "trl": ("trl", dtype)} | ({"trl-pure": ("trl", "bf16-pure")} if dtype == "bf16" else {})
+        kinds |= {f"ours-{way}": ("ours", f"{dtype}-{way}") for way in ("flex", "compiled")}
         kinds = {k: v for k, v in kinds.items() if k in systems}
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         workers, found = {}, {}
         for label, (system, kind) in kinds.items():
-            words = [sys.executable, __file__, "--serve", system, name, kind, str(folder), str(count), str(threads)]
+            words = [sys.executable, __file__, "--serve", system, name, kind, str(folder), str(count), str(threads), device]
             log = sys.stderr if os.environ.get("BENCH_LOG") else subprocess.DEVNULL
             process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
@@ -256,8 +269,9 @@ def machine_rates(threads: int) -> dict[str, float]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
-        system, name, dtype, folder, count, threads = sys.argv[2:]
-        SYSTEMS[system](SHAPES[name], dtype, Path(folder), int(count), int(threads))
+        system, name, dtype, folder, count, threads, device = sys.argv[2:]
+        shape = SHAPES[name] if name in SHAPES else importlib.import_module("gpu").SHAPES[name]
+        SYSTEMS[system](shape, dtype, Path(folder), int(count), int(threads), device)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=WORKLOADS)

@@ -33,6 +33,11 @@ from .errors import ModelError, PreftuneError, UsageError, nearest
 from .files import fingerprint, sha256_file
 from .screen import clean, say
 
+# The compiled code of products in bf16 is kept for the latest 1024 of their sizes, twice: 17 MB a step of packed batches, of which no two
+# are equal (docs/speed.md). Read when the first product is made.
+for _kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_kept, "32")
+
 REWARD = "reward.json"  # beside a reward model's weights: how its scores are to be read
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +211,31 @@ def test_what_is_counted_as_alive_is_what_autograd_saves(store):
         logps = token_logps(model, hidden_states(model, batch), batch)
     counted = sum(size for place, size in saved.items() if place not in own)
     assert alive.now == pytest.approx(counted + logps.nbytes, rel=0.02) and counted > 10**6
+
+
+SIZES = """
+import torch
+from preftune import models
+
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+weight = torch.randn(64, 64).bfloat16()
+for rows in range(2, 12):
+    torch.nn.functional.linear(torch.randn(rows, 64).bfloat16(), weight)
+before = held()
+for rows in range(100, 400):
+    torch.nn.functional.linear(torch.randn(rows, 64).bfloat16(), weight)
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process holds")
+def test_products_of_many_sizes_do_not_fill_the_memory():
+    """300 sizes of a product in bf16: 190 MB of compiled code where all of it is kept, 26 where the latest is."""
+    free = {key: value for key, value in os.environ.items() if not key.endswith("_CACHE_CAPACITY")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SIZES], capture_output=True, text=True, env=free, cwd=Path(__file__).parents[1])
+    assert float(done.stdout) < 80, done.stderr
 
 
 def needs_of(model, store, micro_tokens: int = 10**6) -> estimate.Needs:
