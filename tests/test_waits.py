@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import make
@@ -128,6 +131,14 @@ def test_a_step_ahead_is_the_same_step(store, column):
         found.append(([(line["loss"], line["grad_norm"]) for line in lines], state.masters))
     (one, weights), (other, others) = found
     assert one == other and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_bench_for_gpus_says_that_there_is_none():
+    place = Path(__file__).parents[1] / "bench"
+    done = subprocess.run([sys.executable, str(place / "gpu.py"), "8k"], capture_output=True, text=True)
+    assert done.returncode == 1 and "needs a CUDA device" in done.stderr and "Traceback" not in done.stderr
+    assert not (place / "results" / "gpu.json").exists()
 
 
 @pytest.mark.gpu
