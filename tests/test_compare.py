@@ -283,6 +283,17 @@ def test_what_a_ranking_leaves_open_is_not_counted(tmp_path):
     assert [(d.prompt, d.wins) for d in compare.from_votes([str(tmp_path / "v.jsonl")], ["A", "B"])] == [("q", 0)]
 
 
+def test_places_and_lengths_by_hand():
+    """Shown first and won, three times of four; longer and won, once of the three of different lengths that were decided."""
+    table = [("xx", "x", 1.0, 0), ("x", "xxx", 1.0, 0), ("xx", "x", 0.0, 1), ("x", "x", 0.0, 0), ("xx", "x", 0.5, 1)]
+    found = compare.results([compare.Duel(f"p{i}", Response(a), Response(b), wins, shown) for i, (a, b, wins, shown) in enumerate(table)],
+                            ["A", "B"], "votes", seed=0)  # fmt: skip
+    assert (found["first_shown_won"]["share"], found["first_shown_won"]["count"]) == (0.75, 4)
+    assert (found["longer_won"]["share"], found["longer_won"]["count"]) == (pytest.approx(1 / 3), 3)
+    record = compare.record_of(compare.Duel("p", Response("good"), Response("bad"), 1.0), "me")
+    assert record.judgements[0].order == ((0,), (1,)) and record.judgements[0].by == "me"
+
+
 def test_a_reward_decides_by_hand(tmp_path):
     """Lengths 9 to 1, 9 to 2, 1 to 8, and one text twice: A has two, B one. A gap as wide as the margin is a tie; one text never wins."""
     for name, sizes in (("a", (9, 9, 1, 4)), ("b", (1, 2, 8, 4))):
