@@ -145,6 +145,7 @@ def test_a_model_against_itself_is_a_tie(place):
 def test_margin_makes_ties(place):
     free, bound = compare.compared(options(place)), compare.compared(options(place, margin=100.0))
     assert free["ties"] < 12 and bound["ties"] == 12 and bound["reward"] == free["reward"]
+    assert compare.compared(options(place, seed=1))["reward"] != free["reward"], "another seed, other answers"
 
 
 def test_stopped_and_gone_on(place, tmp_path, monkeypatch, capsys):
