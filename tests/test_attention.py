@@ -73,16 +73,21 @@ def test_blocks_equal_masks(dtype, groups):
         assert float((a - b).abs().max()) <= DTYPES[dtype] * max(1.0, float(b.abs().max()))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_forest(data):
-    """Trees of any depth, empty segments too, where a child comes after its parent and inside its tree."""
+def forest(data: st.DataObject) -> tuple[list[int], list[int]]:
+    """Lengths and parents of trees of any depth, empty segments too, where a child comes after its parent and inside its tree."""
     lengths, prefix, root = [], [], 0
     for i in range(data.draw(st.integers(1, 9))):
         new = i == 0 or data.draw(st.booleans())
         root = i if new else root
         prefix.append(-1 if new else data.draw(st.integers(root, i - 1)))
         lengths.append(data.draw(st.integers(1 if new else 0, 6)))
+    return lengths, prefix
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_forest(data):
+    lengths, prefix = forest(data)
     mine, plain = both(table(lengths, prefix), sum(lengths), 2, 1, torch.float64)
     assert all(float((a - b).abs().max()) < 1e-12 for a, b in zip(mine, plain, strict=True))
 
@@ -154,12 +159,7 @@ def test_block_masks_are_the_chains(window):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_forest_by_its_marks(data):
-    lengths, prefix, root = [], [], 0
-    for i in range(data.draw(st.integers(1, 9))):
-        new = i == 0 or data.draw(st.booleans())
-        root = i if new else root
-        prefix.append(-1 if new else data.draw(st.integers(root, i - 1)))
-        lengths.append(data.draw(st.integers(1 if new else 0, 6)))
+    lengths, prefix = forest(data)
     segments, window = table(lengths, prefix), data.draw(st.one_of(st.none(), st.integers(1, 9)))
     marks = segments.marks
     assert torch.equal(attention.sees(marks[:, :, None], marks[:, None], window), chained(segments, sum(lengths), window))
